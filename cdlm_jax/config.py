@@ -1,0 +1,56 @@
+"""Model configuration, and the one error class for bad input."""
+
+import dataclasses
+from typing import Literal
+
+LogitAlignment = Literal["same_position", "shifted"]
+
+
+class InputError(ValueError):
+    """Something the user gave is unusable. The message is one line: what was got, and what is allowed."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Shape of a Transformer. LLaDA and Dream are two settings of it (`models/hf.py` reads both from config.json).
+
+    logit_alignment: `same_position` (LLaDA: logits at row i predict token i) or `shifted` (Dream: row i-1 predicts token i).
+    family: which checkpoint format the model came from, and is exported to.
+    source: the original config.json text, kept so that an export writes back every key; empty for models made here.
+    """
+
+    family: Literal["llada", "dream"] = "llada"
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    mlp_size: int
+    rope_theta: float
+    norm_eps: float
+    qkv_bias: bool = False
+    tie_embeddings: bool = False
+    logit_alignment: LogitAlignment = "same_position"
+    mask_token_id: int
+    eos_token_id: int
+    pad_token_id: int
+    max_length: int
+    source: str = dataclasses.field(default="", repr=False)
+
+    def __post_init__(self):
+        for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "mlp_size", "max_length"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.hidden_size % (2 * self.num_heads):
+            raise InputError(f"hidden_size {self.hidden_size} must be a multiple of 2 * num_heads = {2 * self.num_heads}")
+        if self.num_heads % self.num_kv_heads:
+            raise InputError(f"num_heads {self.num_heads} must be a multiple of num_kv_heads {self.num_kv_heads}")
+        for name in ("mask_token_id", "eos_token_id", "pad_token_id"):
+            if not 0 <= getattr(self, name) < self.vocab_size:
+                raise InputError(f"{name} {getattr(self, name)} is outside the vocabulary 0..{self.vocab_size - 1}")
+        if self.mask_token_id == self.eos_token_id:
+            raise InputError(f"mask_token_id and eos_token_id are both {self.mask_token_id}")
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads

@@ -1,0 +1,1 @@
+"""Decoders: `<name>.generate(model, prompts, prompt_lengths, config, key=None) -> DecodeResult`."""

@@ -1,0 +1,244 @@
+"""Streams the vocabulary in tiles of head columns; only [..., tile] logits ever exist, forward and backward.
+
+Softmax statistics are kept relative to a running maximum and merged tile by tile (online softmax, Milakov and
+Gimelshein, arXiv 1805.02867). Backward passes recompute each tile and read its probabilities off the saved
+log-sum-exp.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from cdlm_jax.kernels.vocab.reference import Confidence, logits
+
+# ---- walking over the vocabulary -----------------------------------------------------------------------------------
+
+
+def sweep(step, carry, vocab, tile):
+    """carry = step(carry, start, size) over all columns, left to right.
+
+    The first tile takes the remainder: a vocabulary of at most one tile compiles without a loop, and nothing is ever
+    merged with the statistics of no columns (-inf - -inf).
+    """
+    full = (vocab - 1) // tile
+    first = vocab - full * tile
+    carry = step(carry, 0, first)
+    if full == 0:
+        return carry
+    return jax.lax.fori_loop(0, full, lambda i, carry: step(carry, first + i * tile, tile), carry)
+
+
+def merge_tiles(measure, merge, vocab, tile):
+    """The statistics measure(start, size) of every tile, merged left to right."""
+
+    def step(carry, start, size):
+        new = measure(start, size)
+        return new if carry is None else merge(carry, new)
+
+    return sweep(step, None, vocab, tile)
+
+
+def columns(head, start, size):
+    return jax.lax.dynamic_slice_in_dim(head, start, size, axis=1)  # [d, size]
+
+
+def tile_logits(hidden, head, start, size):
+    return logits(hidden, columns(head, start, size))  # float32 [..., size]
+
+
+def tokens(start, size):
+    return start + jnp.arange(size, dtype=jnp.int32)
+
+
+# ---- log-sum-exp ---------------------------------------------------------------------------------------------------
+
+
+class LogSum(NamedTuple):
+    top: jax.Array  # float32 [...], the largest logit so far
+    mass: jax.Array  # float32 [...], sum of exp(z - top)
+
+    def value(self):
+        return self.top + jnp.log(self.mass)
+
+
+def log_sum(z):
+    """z [..., size] -> (LogSum, exp(z - top))."""
+    top = jnp.max(z, axis=-1)
+    exp = jnp.exp(z - top[..., None])
+    return LogSum(top, exp.sum(axis=-1)), exp
+
+
+def merge_log_sums(a: LogSum, b: LogSum):
+    """(merged, scale_a, scale_b); a sum weighted with exp(z - a.top) joins the merged one times scale_a."""
+    top = jnp.maximum(a.top, b.top)
+    scale_a, scale_b = jnp.exp(a.top - top), jnp.exp(b.top - top)
+    return LogSum(top, scale_a * a.mass + scale_b * b.mass), scale_a, scale_b
+
+
+# ---- confidence ----------------------------------------------------------------------------------------------------
+
+
+class Peak(NamedTuple):
+    total: LogSum
+    token: jax.Array  # int32 [...], id of the largest logit
+    second: jax.Array  # float32 [...], the second largest logit, equal to the largest when tied
+    moment: jax.Array  # float32 [...], sum of (z - top) exp(z - top)
+
+
+def peak(z, start):
+    total, exp = log_sum(z)
+    place = jnp.argmax(z, axis=-1).astype(jnp.int32)  # the first of equals
+    others = jnp.where(jnp.arange(z.shape[-1]) == place[..., None], -jnp.inf, z)
+    moment = jnp.sum((z - total.top[..., None]) * exp, axis=-1)
+    return Peak(total, start + place, jnp.max(others, axis=-1), moment)
+
+
+def merge_peaks(a: Peak, b: Peak):
+    """All ids of a are below those of b, so a wins ties."""
+    total, scale_a, scale_b = merge_log_sums(a.total, b.total)
+    return Peak(
+        total,
+        token=jnp.where(a.total.top >= b.total.top, a.token, b.token),
+        second=jnp.maximum(jnp.minimum(a.total.top, b.total.top), jnp.maximum(a.second, b.second)),
+        # The deviations of each part were taken from its own maximum: move them to the common one.
+        moment=scale_a * (a.moment + (a.total.top - total.top) * a.total.mass)
+        + scale_b * (b.moment + (b.total.top - total.top) * b.total.mass),
+    )
+
+
+def confidence(hidden, head, tile):
+    def measure(start, size):
+        return peak(tile_logits(hidden, head, start, size), start)
+
+    (top, mass), token, second, moment = merge_tiles(measure, merge_peaks, head.shape[1], tile)
+    return Confidence(
+        token=token,
+        probability=1 / mass,
+        margin=(1 - jnp.exp(second - top)) / mass,
+        entropy=jnp.log(mass) - moment / mass,
+    )
+
+
+# ---- gradient of the losses ----------------------------------------------------------------------------------------
+
+
+def product(subscripts, a, b, like):
+    """A float32 matrix product, sharded like the array that it is the gradient of."""
+    sharding = jax.typeof(like).sharding
+    return jnp.einsum(subscripts, a, b, preferred_element_type=jnp.float32, out_sharding=sharding)
+
+
+def pull_back(d_logits, hidden, head, tile):
+    """(d hidden, d head) from d_logits(start, size), the loss gradient at a tile of logits(hidden, head).
+
+    d hidden accumulates over the tiles in float32; every column of d head is written once.
+    """
+
+    def step(carry, start, size):
+        d_hidden, d_head = carry
+        w = columns(head, start, size)
+        dz = d_logits(start, size).astype(hidden.dtype)  # [..., size]
+        d_hidden += product("...v,dv->...d", dz, w, like=hidden)
+        d_columns = product("...d,...v->dv", hidden, dz, like=w).astype(head.dtype)
+        return d_hidden, jax.lax.dynamic_update_slice_in_dim(d_head, d_columns, start, axis=1)
+
+    zeros = jnp.zeros_like(hidden, dtype=jnp.float32), jnp.zeros_like(head)
+    d_hidden, d_head = sweep(step, zeros, head.shape[1], tile)
+    return d_hidden.astype(hidden.dtype), d_head
+
+
+# ---- Kullback-Leibler divergence -----------------------------------------------------------------------------------
+
+
+class Divergence(NamedTuple):
+    teacher: LogSum
+    student: LogSum
+    gap: jax.Array  # float32 [...], sum of exp(z_teacher - top) (z_teacher - z_student)
+
+
+def divergence(z_teacher, z_student):
+    teacher, exp = log_sum(z_teacher)
+    return Divergence(teacher, log_sum(z_student)[0], jnp.sum(exp * (z_teacher - z_student), axis=-1))
+
+
+def merge_divergences(a: Divergence, b: Divergence):
+    teacher, scale_a, scale_b = merge_log_sums(a.teacher, b.teacher)
+    return Divergence(teacher, merge_log_sums(a.student, b.student)[0], scale_a * a.gap + scale_b * b.gap)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
+def linear_kl(teacher_hidden, teacher_head, student_hidden, head, weights, tile):
+    return _linear_kl_forward(teacher_hidden, teacher_head, student_hidden, head, weights, tile)[0]
+
+
+def _linear_kl_forward(teacher_hidden, teacher_head, student_hidden, head, weights, tile):
+    def measure(start, size):
+        return divergence(
+            tile_logits(teacher_hidden, teacher_head, start, size), tile_logits(student_hidden, head, start, size)
+        )
+
+    t, s, gap = merge_tiles(measure, merge_divergences, head.shape[1], tile)
+    # E_teacher[z_teacher - z_student] less the difference of the log-sum-exps, large parts first.
+    kl = gap / t.mass - (t.top - s.top) - (jnp.log(t.mass) - jnp.log(s.mass))
+    saved = teacher_hidden, teacher_head, student_hidden, head, weights, t.value(), s.value()
+    return jnp.sum(weights * kl), saved
+
+
+def _linear_kl_backward(tile, saved, g):
+    teacher_hidden, teacher_head, student_hidden, head, weights, teacher_total, student_total = saved
+
+    def d_logits(start, size):
+        p = jnp.exp(tile_logits(teacher_hidden, teacher_head, start, size) - teacher_total[..., None])
+        q = jnp.exp(tile_logits(student_hidden, head, start, size) - student_total[..., None])
+        return (g * weights)[..., None] * (q - p)
+
+    d_hidden, d_head = pull_back(d_logits, student_hidden, head, tile)
+    return None, None, d_hidden, d_head, None
+
+
+linear_kl.defvjp(_linear_kl_forward, _linear_kl_backward)
+
+
+# ---- negative log-likelihood ---------------------------------------------------------------------------------------
+
+
+class Likelihood(NamedTuple):
+    total: LogSum
+    picked: jax.Array  # float32 [...], the logit of the target, 0 before its tile
+
+
+def merge_likelihoods(a: Likelihood, b: Likelihood):
+    return Likelihood(merge_log_sums(a.total, b.total)[0], a.picked + b.picked)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def linear_nll(hidden, head, targets, weights, tile):
+    return _linear_nll_forward(hidden, head, targets, weights, tile)[0]
+
+
+def _linear_nll_forward(hidden, head, targets, weights, tile):
+    def measure(start, size):
+        z = tile_logits(hidden, head, start, size)
+        is_target = tokens(start, size) == targets[..., None]
+        return Likelihood(log_sum(z)[0], jnp.sum(jnp.where(is_target, z, 0), axis=-1))
+
+    total, picked = merge_tiles(measure, merge_likelihoods, head.shape[1], tile)
+    nll = jnp.log(total.mass) + (total.top - picked)
+    return jnp.sum(weights * nll), (hidden, head, targets, weights, total.value())
+
+
+def _linear_nll_backward(tile, saved, g):
+    hidden, head, targets, weights, total = saved
+
+    def d_logits(start, size):
+        q = jnp.exp(tile_logits(hidden, head, start, size) - total[..., None])
+        is_target = tokens(start, size) == targets[..., None]
+        return (g * weights)[..., None] * (q - is_target)
+
+    d_hidden, d_head = pull_back(d_logits, hidden, head, tile)
+    return d_hidden, d_head, None, None
+
+
+linear_nll.defvjp(_linear_nll_forward, _linear_nll_backward)

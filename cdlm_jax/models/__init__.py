@@ -1,0 +1,1 @@
+"""The Transformer, its exact block cache, LoRA adapters, and Hugging Face checkpoints."""

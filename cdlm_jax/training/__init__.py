@@ -1,0 +1,1 @@
+"""Training: losses, optimizer, the train step and its loop, checkpoints, the teacher."""

@@ -1,0 +1,121 @@
+"""The training loop: batches in, train steps, metrics, checkpoints, held-out evaluation; the same for every trainer."""
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import grain
+import jax
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from cdlm_jax.config import InputError
+from cdlm_jax.training.checkpoints import Checkpoints
+from cdlm_jax.training.step import TrainState
+
+
+class NonFiniteLoss(InputError):
+    """Training met a loss that is not a number; the message names the step and the last good checkpoint."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoopConfig:
+    """`steps` updates; every `*_every` counts steps, 0 means only at the end."""
+
+    steps: int
+    checkpoint_every: int = 0
+    evaluate_every: int = 0
+    log_every: int = 20
+
+    def __post_init__(self):
+        if self.steps < 1:
+            raise InputError(f"steps must be at least 1, got {self.steps}")
+        for name in ("checkpoint_every", "evaluate_every", "log_every"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name} must not be negative, got {getattr(self, name)}")
+
+
+def train(
+    train_step: Callable,
+    state: TrainState,
+    frozen,
+    batches: grain.IterDataset,
+    config: LoopConfig,
+    *,
+    folder: Path,
+    settings: dict,
+    label: str,
+    evaluate: Callable[[TrainState], dict[str, float]] | None = None,
+) -> TrainState:
+    """Runs until `config.steps`, continuing from the latest checkpoint under `folder` if there is one.
+
+    Metrics go to `folder/metrics.jsonl` (one JSON object per logged step) and to a progress bar. A continued run ends
+    in the same state as an uninterrupted one: the checkpoint holds the state and the data iterator's place, and a
+    step's randomness depends on its number only.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoints = Checkpoints(folder / "checkpoints", settings)
+    iterator = iter(batches)
+    if (restored := checkpoints.restore(state)) is not None:
+        state, iterator_state = restored
+        iterator.set_state(iterator_state)
+    log = _MetricsLog(folder / "metrics.jsonl", config.log_every)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    pending = None  # the metrics of the step before: read only after the next step is under way
+    try:
+        with Progress(*columns, TextColumn("{task.fields[status]}")) as progress:
+            bar = progress.add_task(label, total=config.steps, completed=int(state.step), status="")
+            for step in range(int(state.step), config.steps):
+                state, metrics = train_step(state, frozen, next(iterator))
+                if pending is not None:
+                    _read(pending, log, checkpoints)
+                pending = (step, metrics)
+                done = step + 1
+                if evaluate is not None and config.evaluate_every and done % config.evaluate_every == 0:
+                    log.write(done, {f"heldout/{name}": value for name, value in evaluate(state).items()})
+                if done == config.steps or (config.checkpoint_every and done % config.checkpoint_every == 0):
+                    # A state is saved only once its own loss is known to be finite.
+                    _read(pending, log, checkpoints)
+                    pending = None
+                    checkpoints.save(state, iterator.get_state())
+                progress.update(bar, completed=done, status=log.status)
+    finally:
+        checkpoints.close()
+    return state
+
+
+def _read(pending: tuple[int, dict], log: "_MetricsLog", checkpoints: Checkpoints) -> None:
+    step, metrics = pending
+    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    if not all(map(math.isfinite, values.values())):
+        bad = ", ".join(f"{name} = {value}" for name, value in values.items() if not math.isfinite(value))
+        good = checkpoints.latest_step
+        where = "there is no checkpoint yet" if good is None else f"the last good checkpoint is step {good}"
+        raise NonFiniteLoss(f"step {step + 1}: {bad}; stopped, {where}")
+    log.step(step + 1, values)
+
+
+class _MetricsLog:
+    """Averages metrics over `every` steps and writes them as JSON lines; `status` is the latest in a few words."""
+
+    def __init__(self, path: Path, every: int):
+        self._path, self._every = path, max(1, every)
+        self._sums: dict[str, float] = {}
+        self._count, self._since = 0, time.perf_counter()
+        self.status = ""
+
+    def step(self, step: int, values: dict[str, float]) -> None:
+        self._sums = {name: self._sums.get(name, 0.0) + value for name, value in values.items()}
+        self._count += 1
+        if step % self._every == 0:
+            means = {name: total / self._count for name, total in self._sums.items()}
+            seconds = (time.perf_counter() - self._since) / self._count
+            self.write(step, {**means, "seconds_per_step": seconds})
+            self.status = f"loss {means['loss']:.4f}"
+            self._sums, self._count, self._since = {}, 0, time.perf_counter()
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        with self._path.open("a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")

@@ -1,0 +1,61 @@
+"""Masked-denoising pre-training of a bidirectional diffusion model: the teacher of the tiny recipe.
+
+What made tiny teachers learn: Muon, stratified t, a curriculum that begins with few masks, loss weight 1/t, EMA.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from cdlm_jax.config import InputError
+from cdlm_jax.decoding.common import append_response, predicting_rows
+from cdlm_jax.training.losses import masked_denoising_loss
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NoiseSchedule:
+    """Mask ratios t ~ U(0, t_max), t_max growing from `first_t_max` to 1 over the first `curriculum` share of the steps.
+
+    `min_t` bounds the loss weight 1/t.
+    """
+
+    curriculum: float = 0.28
+    first_t_max: float = 0.3
+    min_t: float = 0.02
+
+    def __post_init__(self):
+        for name in ("curriculum", "first_t_max", "min_t"):
+            if not 0 < getattr(self, name) <= 1:
+                raise InputError(f"noise.{name} must be in (0, 1], got {getattr(self, name)}")
+
+    def ratios(self, key: jax.Array, rows: int, progress: jax.Array) -> jax.Array:
+        """One t per row, float32 [rows]. Stratified: in random row order, the batch covers (0, t_max) evenly."""
+        t_max = jnp.minimum(1.0, self.first_t_max + (1 - self.first_t_max) * progress / self.curriculum)
+        shuffle, jitter = jax.random.split(key)
+        strata = jax.random.permutation(shuffle, rows) + jax.random.uniform(jitter, (rows,))
+        return jnp.maximum(strata / rows * t_max, self.min_t)
+
+
+def make_loss(graphdef: nnx.GraphDef, noise: NoiseSchedule, steps: int):
+    """The `LossFn` of pre-training: E_t[1/(t L) * sum over masked of -log p(answer)] under full attention.
+
+    batch: {prompt [rows, P_max], prompt_length [rows], answer [rows, L]}.
+    """
+
+    def loss_fn(trainable, frozen, batch, keys, step):
+        model = nnx.merge(graphdef, trainable, frozen)
+        answer, prompt_lengths = batch["answer"], batch["prompt_length"]
+        rows, length = answer.shape
+        t_key, mask_key = jax.random.split(keys[0])
+        t = noise.ratios(t_key, rows, step / steps)
+        masked = jax.random.uniform(mask_key, answer.shape) < t[:, None]
+        y = jnp.where(masked, model.config.mask_token_id, answer)
+        tokens = append_response(batch["prompt"], prompt_lengths, y)
+        everything = jnp.broadcast_to((prompt_lengths + length)[:, None], tokens.shape)
+        hidden = model(tokens, visible_end=everything)
+        hidden = predicting_rows(hidden, prompt_lengths, length, model.config.logit_alignment)
+        return masked_denoising_loss(hidden, model.head, answer, masked, t), {}
+
+    return loss_fn

@@ -1,0 +1,1 @@
+"""Teacher trajectories: collecting them, storing them, rebuilding their states."""

@@ -1,0 +1,295 @@
+"""The streamed vocabulary functions against a float64 twin, and the promise that logits are never materialized."""
+
+import math
+import os
+import re
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cdlm_jax.config import InputError
+from cdlm_jax.kernels.vocab import confidence, linear_kl, linear_nll, reference
+
+
+def log_softmax(z):
+    z = z - z.max(-1, keepdims=True)
+    return z - np.log(np.exp(z).sum(-1, keepdims=True))
+
+
+def twin_kl(teacher, student, head, weights, teacher_head):
+    """(value, d student, d head) in float64."""
+    log_p, log_q = log_softmax(teacher @ teacher_head), log_softmax(student @ head)
+    dz = weights[:, None] * (np.exp(log_q) - np.exp(log_p))
+    return (weights[:, None] * np.exp(log_p) * (log_p - log_q)).sum(), dz @ head.T, student.T @ dz
+
+
+def twin_nll(hidden, head, targets, weights):
+    log_q = log_softmax(hidden @ head)
+    one_hot = np.eye(head.shape[1])[targets]
+    dz = weights[:, None] * (np.exp(log_q) - one_hot)
+    return -(weights[:, None] * one_hot * log_q).sum(), dz @ head.T, hidden.T @ dz
+
+
+def inputs(n=12, d=8, vocab=50, seed=0, scale=1.0):
+    """float32 arrays: teacher, student [n, d], teacher_head, head [d, vocab], targets, weights [n] (some 0)."""
+    rng = np.random.default_rng(seed)
+    teacher, student = rng.normal(size=(2, n, d)).astype(np.float32) * scale
+    teacher_head, head = rng.normal(size=(2, d, vocab)).astype(np.float32)
+    weights = (rng.uniform(size=n) * (rng.uniform(size=n) < 0.7)).astype(np.float32)
+    return teacher, student, teacher_head, head, rng.integers(vocab, size=n, dtype=np.int32), weights
+
+
+def wide(*arrays):
+    return [a.astype(np.float64) if a.dtype != np.int32 else a for a in arrays]
+
+
+def check(results, expected, rtol=1e-5, atol=2e-5):
+    (value, gradients), (expected_value, *expected_gradients) = results, expected
+    np.testing.assert_allclose(value, expected_value, rtol=rtol, atol=1e-6)
+    for got, want in zip(gradients, expected_gradients, strict=True):
+        np.testing.assert_allclose(np.asarray(got, np.float32), want, rtol=rtol, atol=atol)
+
+
+shapes = st.fixed_dictionaries(
+    {
+        "n": st.integers(1, 5),
+        "d": st.sampled_from([1, 8]),
+        "vocab": st.integers(1, 40),
+        "seed": st.integers(0, 2**31),
+        "scale": st.sampled_from([0.1, 1.0, 5.0]),
+    }
+)
+few = settings(max_examples=25, deadline=None, derandomize=True)
+
+
+@few
+@given(shapes, st.integers(1, 45))
+def test_losses_match_float64(shape, tile):
+    teacher, student, teacher_head, head, targets, weights = inputs(**shape)
+
+    def kl(student, head):
+        return linear_kl(teacher, student, head, weights, teacher_head=teacher_head, tile=tile)
+
+    def nll(student, head):
+        return linear_nll(student, head, targets, weights, tile=tile)
+
+    check(jax.value_and_grad(kl, (0, 1))(student, head), twin_kl(*wide(teacher, student, head, weights, teacher_head)))
+    check(jax.value_and_grad(nll, (0, 1))(student, head), twin_nll(*wide(student, head, targets, weights)))
+
+
+@few
+@given(shapes, st.integers(1, 45))
+def test_confidence_matches_float64(shape, tile):
+    teacher, _, head, *_ = inputs(**shape)
+    log_p = log_softmax(np.matmul(*wide(teacher, head)))
+    p = np.exp(log_p)
+    ranked = np.sort(np.pad(p, ((0, 0), (1, 0))))  # a vocabulary of one has a second probability of 0
+    got = confidence(teacher, head, tile=tile)
+    assert got.token.dtype == jnp.int32
+    np.testing.assert_array_equal(got.token, p.argmax(-1))
+    np.testing.assert_allclose(got.probability, ranked[:, -1], rtol=1e-5)
+    np.testing.assert_allclose(got.margin, ranked[:, -1] - ranked[:, -2], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(got.entropy, -(p * log_p).sum(-1), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("tile", [16, 50, 64])
+def test_reference_agrees(tile):
+    teacher, student, teacher_head, head, targets, weights = inputs()
+    got, plain = confidence(teacher, head, tile=tile), reference.confidence(teacher, head)
+    np.testing.assert_array_equal(got.token, plain.token)
+    for a, b in zip(got[1:], plain[1:], strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+    for streamed, dense in (
+        (
+            lambda h, w: linear_kl(teacher, h, w, weights, teacher_head=teacher_head, tile=tile),
+            lambda h, w: reference.linear_kl(teacher, h, w, weights, teacher_head=teacher_head),
+        ),
+        (
+            lambda h, w: linear_nll(h, w, targets, weights, tile=tile),
+            lambda h, w: reference.linear_nll(h, w, targets, weights),
+        ),
+    ):
+        value, gradients = jax.value_and_grad(dense, (0, 1))(student, head)
+        check(jax.value_and_grad(streamed, (0, 1))(student, head), (value, *gradients))
+
+
+@pytest.mark.parametrize("tile", [3, 4, 5, 16])
+def test_ties_go_to_the_lowest_id(tile):
+    z = np.array([[0, 2, 1, 2, 2, 0, 1, 2, 0, 0], [3, 0, 0, 0, 0, 0, 0, 0, 0, 3], [1] * 10], np.float32)
+    got = confidence(z, np.eye(10, dtype=np.float32), tile=tile)
+    np.testing.assert_array_equal(got.token, [1, 0, 0])
+    np.testing.assert_array_equal(got.margin, [0, 0, 0])
+    np.testing.assert_allclose(got.entropy[2], math.log(10), rtol=1e-6)
+
+
+@pytest.mark.parametrize("tile", [16, 64])
+def test_leading_dimensions_are_free(tile):
+    teacher, student, _, head, targets, weights = inputs()
+
+    def split(a):
+        return a.reshape(3, 4, *a.shape[1:])
+
+    kl = linear_kl(split(teacher), split(student), head, split(weights), tile=tile)
+    np.testing.assert_allclose(kl, linear_kl(teacher, student, head, weights, tile=tile), rtol=1e-6)
+    nll = linear_nll(split(student), head, split(targets), split(weights), tile=tile)
+    np.testing.assert_allclose(nll, linear_nll(student, head, targets, weights, tile=tile), rtol=1e-6)
+    assert confidence(split(teacher), head, tile=tile).entropy.shape == (3, 4)
+
+
+@pytest.mark.parametrize("tile", [16, 64])
+def test_rows_of_weight_zero_contribute_exactly_nothing(tile):
+    teacher, student, _, head, targets, weights = inputs()
+    weights[::3] = 0
+    unused = (weights == 0)[:, None]
+
+    def losses(teacher, student, head):
+        kl = linear_kl(teacher, student, head, weights, tile=tile)
+        return kl + linear_nll(student, head, targets, weights, tile=tile)
+
+    clean = jax.value_and_grad(losses, (1, 2))(teacher, student, head)
+    huge = np.float32(3e38) * np.sign(teacher)
+    garbage = [np.where(unused, huge, teacher), np.where(unused, -huge, student), head]
+    for a, b in zip(jax.tree.leaves(clean), jax.tree.leaves(jax.value_and_grad(losses, (1, 2))(*garbage)), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert not np.any(clean[1][0][unused[:, 0]])
+    nothing = np.zeros_like(weights)
+    assert linear_kl(huge, -huge, head, nothing, tile=tile) == 0 == linear_nll(huge, head, targets, nothing, tile=tile)
+
+
+def test_no_gradient_into_the_teacher_or_the_weights():
+    teacher, student, teacher_head, head, targets, weights = inputs()
+
+    def kl(teacher, teacher_head, weights):
+        return linear_kl(teacher, student, head, weights, teacher_head=teacher_head, tile=16)
+
+    def nll(weights):
+        return linear_nll(student, head, targets, weights, tile=16)
+
+    for gradient in (*jax.grad(kl, (0, 1, 2))(teacher, teacher_head, weights), jax.grad(nll)(weights)):
+        assert not np.any(gradient)
+    shared = jax.grad(lambda head: linear_kl(teacher, student, head, weights, tile=16))(head)
+    np.testing.assert_allclose(shared, twin_kl(*wide(teacher, student, head, weights, head))[2], rtol=1e-5, atol=2e-5)
+
+
+def test_equal_distributions_have_no_divergence():
+    teacher, _, _, head, _, weights = inputs()
+    value, gradient = jax.value_and_grad(lambda h: linear_kl(teacher, h, head, weights, tile=16))(teacher)
+    assert value == 0 and not np.any(gradient)
+
+
+def test_bfloat16_inputs_keep_float32_statistics():
+    teacher, student, _, head, targets, weights = inputs(vocab=200)
+    teacher, student, head = (jnp.asarray(a, jnp.bfloat16) for a in (teacher, student, head))
+    exact = [np.asarray(a, np.float64) for a in (teacher, student, head)]
+
+    def kl(student, head):
+        return linear_kl(teacher, student, head, weights, tile=64)
+
+    def nll(student, head):
+        return linear_nll(student, head, targets, weights, tile=64)
+
+    for loss, twin in (
+        (kl, twin_kl(*exact, weights, exact[2])),
+        (nll, twin_nll(exact[1], exact[2], targets, weights)),
+    ):
+        value, gradients = jax.value_and_grad(loss, (0, 1))(student, head)
+        assert value.dtype == jnp.float32 and all(g.dtype == jnp.bfloat16 for g in gradients)
+        check((value, gradients), twin, rtol=2e-2, atol=2e-2)
+        np.testing.assert_allclose(value, twin[0], rtol=1e-5)
+
+
+def largest_array(compiled):
+    return max(math.prod(map(int, dims.split(","))) for dims in re.findall(r"\w\[([\d,]+)\]", compiled.as_text()))
+
+
+def test_logits_are_never_materialized():
+    n, vocab = 96, 640
+    teacher, student, _, head, targets, weights = inputs(n=n, vocab=vocab)
+
+    def compiled(kl, nll):
+        def total(student, head):
+            return kl(teacher, student, head, weights) + nll(student, head, targets, weights)
+
+        return jax.jit(jax.value_and_grad(total, (0, 1))).lower(student, head).compile()
+
+    def tiled_kl(*args):
+        return linear_kl(*args, tile=64)
+
+    def tiled_nll(*args):
+        return linear_nll(*args, tile=64)
+
+    assert largest_array(compiled(reference.linear_kl, reference.linear_nll)) >= n * vocab
+    assert largest_array(compiled(tiled_kl, tiled_nll)) <= n * 64
+    decode = jax.jit(lambda h, w: confidence(h, w, tile=64)).lower(student, head).compile()
+    assert largest_array(decode) <= n * 64
+
+
+def test_a_small_vocabulary_compiles_without_a_loop():
+    teacher, _, _, head, *_ = inputs()
+    assert "while" not in jax.jit(confidence).lower(teacher, head).compile().as_text()
+    tiled = jax.jit(lambda h, w: confidence(h, w, tile=16)).lower(teacher, head).compile()
+    assert "while" in tiled.as_text()
+
+
+def test_a_frozen_head_costs_no_gradient():
+    teacher, student, _, head, _, weights = inputs(n=64, vocab=640)
+
+    def kl(student, head):
+        return linear_kl(teacher, student, head, weights, tile=64)
+
+    def flops(wanted):
+        return jax.jit(jax.grad(kl, wanted)).lower(student, head).compile().cost_analysis()["flops"]
+
+    tile_product = 2 * 64 * 8 * 64
+    assert flops((0, 1)) - flops(0) >= tile_product
+
+
+def test_wrong_rows_are_refused():
+    teacher, student, _, head, targets, weights = inputs()
+    with pytest.raises(InputError, match=r"student_hidden has rows \(11,\), weights have \(12,\)"):
+        linear_kl(teacher, student[1:], head, weights)
+    with pytest.raises(InputError, match="vocabulary of 49, head of 50"):
+        linear_kl(teacher, student, head, weights, teacher_head=head[:, 1:])
+    with pytest.raises(InputError, match="targets has rows"):
+        linear_nll(student, head, targets[1:], weights)
+
+
+ON_A_MESH = """
+import jax, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec as P
+from cdlm_jax.kernels.vocab import confidence, linear_kl, linear_nll
+
+rng = np.random.default_rng(0)
+teacher, student = rng.normal(size=(2, 4, 6, 8)).astype(np.float32)
+head = rng.normal(size=(8, 48)).astype(np.float32)
+targets, weights = rng.integers(48, size=(4, 6), dtype=np.int32), rng.uniform(size=(4, 6)).astype(np.float32)
+
+@jax.jit
+def run(teacher, student, head, targets, weights):
+    def loss(student, head):
+        kl = linear_kl(teacher, student, head, weights, tile=16)
+        return kl + linear_nll(student, head, targets, weights, tile=16)
+    return jax.value_and_grad(loss, (0, 1))(student, head), confidence(student, head, tile=16)
+
+expected = run(teacher, student, head, targets, weights)
+mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
+for head_spec in (P(), P(None, "model")):
+    with jax.set_mesh(mesh):
+        on_rows = [jax.device_put(a, NamedSharding(mesh, P("data"))) for a in (teacher, student, targets, weights)]
+        got = run(*on_rows[:2], jax.device_put(head, NamedSharding(mesh, head_spec)), *on_rows[2:])
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-5, atol=1e-5)
+print("same")
+"""
+
+
+def test_same_values_on_an_explicit_mesh():
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    done = subprocess.run([sys.executable, "-c", ON_A_MESH], env=env, capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "same", done.stderr[-2000:]
