@@ -23,7 +23,7 @@ def confidence(hidden: jax.Array, head: jax.Array, *, tile: int = TILE) -> Confi
 
     Returns:
       Confidence of [...] arrays: token (int32, the lowest id among equals), probability, margin (top minus second
-      probability) and entropy in nats, in float32. One pass over the vocabulary; a plain dense computation if V <= tile.
+      probability) and entropy in nats, in float32. One pass over the vocabulary; plain dense computation if V <= tile.
     """
     return xla.confidence(hidden, head, tile)
 

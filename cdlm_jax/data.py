@@ -1,4 +1,4 @@
-"""Batches of encoded problems, made on the fly, as Grain datasets (deterministic, random access, resumable)."""
+"""Problems as token rows: encoding, a weighted mixture of tasks, and Grain batches of them for pre-training."""
 
 import dataclasses
 
@@ -12,7 +12,7 @@ from cdlm_jax.tokenizers import Tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class Encoder:
-    """Turns problems into fixed-size token rows: prompts right-padded to `prompt_length`, answers EOS-padded to `gen_length`."""
+    """Token rows of fixed size: prompts right-padded to `prompt_length`, answers EOS-padded to `gen_length`."""
 
     tokenizer: Tokenizer
     model: ModelConfig
@@ -20,23 +20,30 @@ class Encoder:
     gen_length: int
 
     def prompt(self, text: str) -> tuple[np.ndarray, np.int32]:
-        """[prompt_length] int32 and its true length."""
+        """[prompt_length] int32 and its true length. InputError if it is empty or too long."""
         ids = self.tokenizer.encode(text)
         if not 1 <= len(ids) <= self.prompt_length:
             raise InputError(f"prompt {text!r} has {len(ids)} tokens, allowed: 1 to {self.prompt_length}")
-        return self._pad(ids, self.prompt_length, self.model.pad_token_id), np.int32(len(ids))
+        return _pad(ids, self.prompt_length, self.model.pad_token_id), np.int32(len(ids))
+
+    def prompts(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """[rows, prompt_length] and [rows] int32."""
+        rows, lengths = zip(*map(self.prompt, texts), strict=True)
+        return np.stack(rows), np.stack(lengths)
 
     def answer(self, text: str) -> np.ndarray:
         """[gen_length] int32; longer answers are cut."""
-        return self._pad(self.tokenizer.encode(text)[: self.gen_length], self.gen_length, self.model.eos_token_id)
+        return _pad(self.tokenizer.encode(text)[: self.gen_length], self.gen_length, self.model.eos_token_id)
 
-    def __call__(self, problem: tasks.Problem) -> dict[str, np.ndarray]:
-        prompt, prompt_length = self.prompt(problem.prompt)
-        return {"prompt": prompt, "prompt_length": prompt_length, "answer": self.answer(problem.answer)}
+    def response(self, tokens: np.ndarray) -> str:
+        """The text of response tokens [L] before the first EOS."""
+        ids = tokens.tolist()
+        eos = self.model.eos_token_id
+        return self.tokenizer.decode(ids[: ids.index(eos)] if eos in ids else ids)
 
-    @staticmethod
-    def _pad(ids: list[int], length: int, pad: int) -> np.ndarray:
-        return np.pad(np.asarray(ids, np.int32), (0, length - len(ids)), constant_values=pad)
+
+def _pad(ids: list[int], length: int, pad: int) -> np.ndarray:
+    return np.pad(np.asarray(ids, np.int32), (0, length - len(ids)), constant_values=pad)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +65,7 @@ class ProblemMixture:
         return self.length
 
     def __getitem__(self, index: int) -> tuple[str, tasks.Problem]:
+        """The task's name and the problem."""
         rng = np.random.default_rng([self.seed, int(index)])
         chances = np.array(list(self.weights.values()), float)
         name = list(self.weights)[rng.choice(len(chances), p=chances / chances.sum())]
@@ -66,5 +74,10 @@ class ProblemMixture:
 
 def problem_batches(mixture: ProblemMixture, encoder: Encoder, batch_size: int) -> grain.IterDataset:
     """Batches {prompt [rows, P_max], prompt_length [rows], answer [rows, L]}; its iterator's state can be saved."""
-    dataset = grain.MapDataset.source(mixture).map(lambda named: encoder(named[1])).batch(batch_size, drop_remainder=True)
+
+    def encode(named: tuple[str, tasks.Problem]) -> dict[str, np.ndarray]:
+        prompt, prompt_length = encoder.prompt(named[1].prompt)
+        return {"prompt": prompt, "prompt_length": prompt_length, "answer": encoder.answer(named[1].answer)}
+
+    dataset = grain.MapDataset.source(mixture).map(encode).batch(batch_size, drop_remainder=True)
     return dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4))

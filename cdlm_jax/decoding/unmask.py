@@ -1,0 +1,120 @@
+"""Which masked positions of a block a forward finalizes: frozen decision objects, injected into every decoder.
+
+Each is called as `policy(candidates, masked, step) -> select`: candidates holds [rows, B] arrays, masked is bool
+[rows, B], step int32 [rows] counts the forwards that the row has already spent on this block. At least the best
+masked position is selected (but see Quota); ties go to the lowest position.
+"""
+
+import dataclasses
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+
+from cdlm_jax.config import InputError
+from cdlm_jax.kernels.vocab import Confidence
+
+
+class Unmask(Protocol):
+    def __call__(self, candidates: Confidence, masked: jax.Array, step: jax.Array) -> jax.Array: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Threshold:
+    """Every position whose top probability is strictly above `tau`, and at least the best (CDLM section 4)."""
+
+    tau: float = 0.9
+
+    def __post_init__(self):
+        if not 0 <= self.tau <= 1:
+            raise InputError(f"Threshold: tau must be in [0, 1], got {self.tau}")
+
+    def __call__(self, candidates, masked, step):
+        return masked & (candidates.probability > self.tau) | best(candidates.probability, masked)
+
+
+@dataclasses.dataclass(frozen=True)
+class Margin:
+    """Every position whose top probability leads the second by more than `gap`, and at least the largest lead."""
+
+    gap: float = 0.5
+
+    def __post_init__(self):
+        if not 0 <= self.gap <= 1:
+            raise InputError(f"Margin: gap must be in [0, 1], got {self.gap}")
+
+    def __call__(self, candidates, masked, step):
+        return masked & (candidates.margin > self.gap) | best(candidates.margin, masked)
+
+
+@dataclasses.dataclass(frozen=True)
+class Factor:
+    """Fast-dLLM's factor rule (`get_transfer_index_dynamic` upstream): more positions the surer the batch of them is.
+
+    With confidences c_1 >= c_2 >= ..., c_1 passes and c_j passes where c_j >= 1 - factor / (j + 1); the leading ones
+    that pass are taken. Upstream's trap is kept: when only the last of all fails, all are taken.
+    """
+
+    factor: float = 1.0
+
+    def __post_init__(self):
+        if not self.factor > 0:
+            raise InputError(f"Factor: factor must be positive, got {self.factor}")
+
+    def __call__(self, candidates, masked, step):
+        rank = ranks(candidates.probability, masked)  # [rows, B], 0 for the best
+        passes = (candidates.probability >= 1 - self.factor / (rank + 2)) | (rank == 0)
+        first_failure = jnp.min(jnp.where(masked & ~passes, rank, rank.shape[1]), axis=1, keepdims=True)
+        count = masked.sum(axis=1, keepdims=True)
+        taken = jnp.where(first_failure == count - 1, count, first_failure)
+        return masked & (rank < taken)
+
+
+@dataclasses.dataclass(frozen=True)
+class EntropyBudget:
+    """The surest positions while the entropy of all but the largest of them stays within `budget` nats (EB-Sampler,
+    arXiv 2505.24857): what is finalized together is then nearly independent.
+    """
+
+    budget: float = 0.1
+
+    def __post_init__(self):
+        if not self.budget >= 0:
+            raise InputError(f"EntropyBudget: budget must not be negative, got {self.budget}")
+
+    def __call__(self, candidates, masked, step):
+        rank = ranks(-candidates.entropy, masked)
+        ascending = jnp.sort(jnp.where(masked, candidates.entropy, jnp.inf), axis=1)
+        spent = jnp.cumsum(ascending, axis=1) - ascending  # all but the largest, which is the last taken
+        return masked & (rank < (spent <= self.budget).sum(axis=1, keepdims=True))
+
+
+@dataclasses.dataclass(frozen=True)
+class Quota:
+    """The block's positions spread evenly over `steps` forwards, the remainder on the first ones (LLaDA
+    `get_num_transfer_tokens`). `steps=None` finalizes one position a forward.
+    """
+
+    steps: int | None = None
+
+    def __post_init__(self):
+        if self.steps is not None and self.steps < 1:
+            raise InputError(f"Quota: steps must be at least 1, got {self.steps}")
+
+    def __call__(self, candidates, masked, step):
+        size = masked.shape[1]
+        steps = size if self.steps is None else self.steps
+        quota = size // steps + (step < size % steps)
+        return masked & (ranks(candidates.probability, masked) < quota[:, None])
+
+
+def ranks(score: jax.Array, masked: jax.Array) -> jax.Array:
+    """Rank of each masked position by falling score, 0 the best; the others come last: [rows, B] int32."""
+    order = jnp.argsort(jnp.where(masked, -score, jnp.inf), axis=1, stable=True)
+    return jnp.argsort(order, axis=1, stable=True)
+
+
+def best(score: jax.Array, masked: jax.Array) -> jax.Array:
+    """One-hot of the best masked position (none where nothing is masked): bool [rows, B]."""
+    at = jnp.argmax(jnp.where(masked, score, -jnp.inf), axis=1)
+    return masked & (jnp.arange(masked.shape[1]) == at[:, None])

@@ -1,0 +1,315 @@
+"""Hugging Face folders of LLaDA and Dream (config.json + safetensors) <-> Transformer, without PyTorch."""
+
+import contextlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from cdlm_jax.config import InputError, ModelConfig
+from cdlm_jax.models.hf_config import config_text, read_config, read_json, read_metadata
+from cdlm_jax.models.lora import merge
+from cdlm_jax.models.transformer import Transformer
+
+__all__ = ["abstract", "export_hf", "load_model", "read_config", "read_metadata"]
+
+# Our parameter -> the checkpoint's tensor; {} is the layer. Kernels are [in, out] here and [out, in] there.
+TENSORS = {
+    "llada": {
+        "embed": "model.transformer.wte.weight",
+        "layers.attention_norm.weight": "model.transformer.blocks.{}.attn_norm.weight",
+        "layers.q.kernel": "model.transformer.blocks.{}.q_proj.weight",
+        "layers.q.bias": "model.transformer.blocks.{}.q_proj.bias",
+        "layers.k.kernel": "model.transformer.blocks.{}.k_proj.weight",
+        "layers.k.bias": "model.transformer.blocks.{}.k_proj.bias",
+        "layers.v.kernel": "model.transformer.blocks.{}.v_proj.weight",
+        "layers.v.bias": "model.transformer.blocks.{}.v_proj.bias",
+        "layers.out.kernel": "model.transformer.blocks.{}.attn_out.weight",
+        "layers.mlp_norm.weight": "model.transformer.blocks.{}.ff_norm.weight",
+        "layers.gate.kernel": "model.transformer.blocks.{}.ff_proj.weight",
+        "layers.up.kernel": "model.transformer.blocks.{}.up_proj.weight",
+        "layers.down.kernel": "model.transformer.blocks.{}.ff_out.weight",
+        "final_norm.weight": "model.transformer.ln_f.weight",
+        "lm_head.kernel": "model.transformer.ff_out.weight",
+    },
+    "dream": {
+        "embed": "model.embed_tokens.weight",
+        "layers.attention_norm.weight": "model.layers.{}.input_layernorm.weight",
+        "layers.q.kernel": "model.layers.{}.self_attn.q_proj.weight",
+        "layers.q.bias": "model.layers.{}.self_attn.q_proj.bias",
+        "layers.k.kernel": "model.layers.{}.self_attn.k_proj.weight",
+        "layers.k.bias": "model.layers.{}.self_attn.k_proj.bias",
+        "layers.v.kernel": "model.layers.{}.self_attn.v_proj.weight",
+        "layers.v.bias": "model.layers.{}.self_attn.v_proj.bias",
+        "layers.out.kernel": "model.layers.{}.self_attn.o_proj.weight",
+        "layers.mlp_norm.weight": "model.layers.{}.post_attention_layernorm.weight",
+        "layers.gate.kernel": "model.layers.{}.mlp.gate_proj.weight",
+        "layers.up.kernel": "model.layers.{}.mlp.up_proj.weight",
+        "layers.down.kernel": "model.layers.{}.mlp.down_proj.weight",
+        "final_norm.weight": "model.norm.weight",
+        "lm_head.kernel": "lm_head.weight",
+    },
+}
+STORED_DTYPES = {"F32": jnp.dtype("float32"), "BF16": jnp.dtype("bfloat16")}
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+class Place(NamedTuple):
+    """Where a stored tensor lives: a parameter, its layer (None: not stacked), the stored shape, and whether turned."""
+
+    parameter: str
+    layer: int | None
+    shape: tuple[int, ...]
+    transposed: bool
+
+
+def abstract(config: ModelConfig, dtype) -> Transformer:
+    """A Transformer of `jax.ShapeDtypeStruct` leaves: every shape, no memory."""
+    return nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), dtype=dtype))
+
+
+def load_model(folder: str | Path, *, dtype=None) -> Transformer:
+    """The Transformer in a Hugging Face folder, single or sharded; parameters as stored, or cast to `dtype`.
+
+    dtype: float32 or bfloat16. One tensor is read at a time, so host memory holds the model and one stacked parameter.
+    Raises InputError, by name, for: a config that cannot be expressed (`read_config`); a missing, unexpected, doubled
+    or wrongly shaped tensor; a truncated or foreign file; an index that disagrees with its files; a stored dtype other
+    than float32 and bfloat16; mixed stored dtypes when `dtype` is None.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    model = abstract(config, jnp.float32)
+    places = tensor_places(model)
+    with contextlib.ExitStack() as stack:
+        stored = _open(folder, stack)
+        head = TENSORS[config.family]["lm_head.kernel"]
+        if config.tie_embeddings and head in stored:
+            _check_tied(stored, head, TENSORS[config.family]["embed"])
+            del stored[head]
+        _check_tensors(stored, places, folder)
+        dtype = _one_dtype({name: tensor.dtype for name, tensor in stored.items()}, dtype)
+        leaves = [
+            _read(stored, {n: place for n, place in places.items() if place.parameter == parameter}, leaf.shape, dtype)
+            for parameter, leaf in _parameters(model).items()
+        ]
+    return jax.tree.unflatten(jax.tree.structure(model), leaves)
+
+
+def export_hf(
+    model: Transformer,
+    folder: str | Path,
+    *,
+    dtype=None,
+    metadata: dict[str, Any] | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Write config.json and safetensors with the family's original names, LoRA merged: `load_model` in reverse.
+
+    dtype: float32 or bfloat16 (None: as the parameters are). metadata goes under `cdlm` in config.json. Weights above
+    max_shard_bytes are split, with an index. The folder appears whole or not at all; one that exists and is not empty
+    is refused, as is a model that the family's config.json cannot describe (InputError).
+    """
+    folder = Path(folder).resolve()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder} exists already; export to a new or empty folder")
+    model = merge(model)
+    parameters, places = _parameters(model), tensor_places(model)
+    dtype = _one_dtype({name: leaf.dtype for name, leaf in parameters.items()}, dtype)
+    config = config_text(model.config, dtype.name, metadata)
+    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        _write_weights(partial, parameters, places, dtype, max_shard_bytes)
+        (partial / "config.json").write_text(config, encoding="utf-8")
+        partial.replace(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def tensor_places(model: Transformer) -> dict[str, Place]:
+    """Every tensor that a checkpoint of this model holds, by its stored name."""
+    names, places = TENSORS[model.config.family], {}
+    for parameter, leaf in _parameters(model).items():
+        stacked, transposed = parameter.startswith("layers."), parameter.endswith(".kernel")
+        shape = leaf.shape[1:] if stacked else leaf.shape
+        shape = shape[::-1] if transposed else shape
+        for layer in range(leaf.shape[0]) if stacked else (None,):
+            places[names[parameter].format(layer)] = Place(parameter, layer, shape, transposed)
+    return places
+
+
+def _parameters(model: Transformer) -> dict[str, Any]:
+    """Leaves by dotted path, in the order of the pytree."""
+    leaves, _ = jax.tree.flatten_with_path(model)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value"): leaf for path, leaf in leaves
+    }
+
+
+def _one_dtype(dtypes: dict[str, np.dtype], dtype) -> np.dtype:
+    """`dtype` if given, else the dtype that all named tensors share."""
+    allowed = " or ".join(known.name for known in STORED_DTYPES.values())
+    if dtype is None:
+        examples = {value.name: name for name, value in dtypes.items()}
+        if len(examples) > 1:
+            mixed = ", ".join(f"{value} ({name})" for value, name in sorted(examples.items()))
+            raise InputError(f"mixed dtypes: {mixed}; choose one with dtype={allowed}")
+        (dtype,) = examples
+    try:
+        chosen = jnp.dtype(dtype)
+    except TypeError as error:
+        raise InputError(f"dtype must be {allowed}, got {dtype!r}") from error
+    if chosen not in STORED_DTYPES.values():
+        raise InputError(f"dtype must be {allowed}, got {chosen.name}")
+    return chosen
+
+
+# Reading
+
+
+class _Stored(NamedTuple):
+    """A tensor in an open file, not read yet."""
+
+    file: Any
+    file_name: str
+    name: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.file.get_slice(self.name).get_shape())
+
+    @property
+    def stored_dtype(self) -> str:
+        return self.file.get_slice(self.name).get_dtype()
+
+    @property
+    def dtype(self) -> np.dtype:
+        return STORED_DTYPES[self.stored_dtype]
+
+    def read(self) -> np.ndarray:
+        return self.file.get_tensor(self.name)
+
+
+def _open(folder: Path, stack: contextlib.ExitStack) -> dict[str, _Stored]:
+    """Open the folder's safetensors files, and check the index against what they hold."""
+    single, index_path = folder / SINGLE, folder / INDEX
+    if single.exists() and index_path.exists():
+        raise InputError(f"{folder} holds both {SINGLE} and {INDEX}; keep one of them")
+    if not single.exists() and not index_path.exists():
+        raise InputError(f"{folder} holds neither {SINGLE} nor {INDEX}")
+    if single.exists():
+        return _open_files([single], stack)
+    weight_map = read_json(index_path).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise InputError(f"{index_path}: weight_map must map tensor names to file names")
+    for name, file in weight_map.items():
+        if Path(file).name != file or not (folder / file).is_file():
+            raise InputError(
+                f"{index_path}: tensor {name} is said to be in {file!r}, which is not a file of this folder"
+            )
+    stored = _open_files([folder / file for file in sorted(set(weight_map.values()))], stack)
+    for name, file in weight_map.items():
+        if name not in stored or stored[name].file_name != file:
+            raise InputError(f"{index_path}: tensor {name} is said to be in {file}, which does not hold it")
+    for name, tensor in stored.items():
+        if name not in weight_map:
+            raise InputError(f"{index_path}: tensor {name} of {tensor.file_name} is not listed")
+    return stored
+
+
+def _open_files(paths: Iterable[Path], stack: contextlib.ExitStack) -> dict[str, _Stored]:
+    stored: dict[str, _Stored] = {}
+    for path in paths:
+        try:
+            file = stack.enter_context(safe_open(path, "numpy"))
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{path}: truncated, or not a safetensors file ({error})") from error
+        for name in file.keys():  # noqa: SIM118  (not a mapping)
+            if name in stored:
+                raise InputError(f"tensor {name} is stored twice, in {stored[name].file_name} and in {path.name}")
+            stored[name] = _Stored(file, path.name, name)
+    return stored
+
+
+def _check_tensors(stored: dict[str, _Stored], places: dict[str, Place], folder: Path) -> None:
+    """Exactly the expected names, each with its shape and a dtype that we read."""
+    for problem, names in (("missing", places.keys() - stored.keys()), ("unexpected", stored.keys() - places.keys())):
+        if names:
+            more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+            raise InputError(f"{folder}: {problem} tensor {min(names)}{more}")
+    for name, place in places.items():
+        if stored[name].shape != place.shape:
+            raise InputError(
+                f"{folder}: tensor {name} has shape {list(stored[name].shape)}, expected {list(place.shape)}"
+            )
+        _check_dtype(stored[name])
+
+
+def _check_dtype(tensor: _Stored) -> None:
+    if tensor.stored_dtype not in STORED_DTYPES:
+        allowed = " and ".join(STORED_DTYPES)
+        raise InputError(f"tensor {tensor.name} is stored as {tensor.stored_dtype}; readable are {allowed}")
+
+
+def _check_tied(stored: dict[str, _Stored], head: str, embed: str) -> None:
+    """A tied checkpoint may repeat its embedding as the lm_head, and nothing else."""
+    if embed in stored:
+        for name in (head, embed):
+            _check_dtype(stored[name])
+        if not np.array_equal(stored[head].read(), stored[embed].read()):
+            raise InputError(f"config.json ties the embeddings, but tensor {head} differs from {embed}")
+
+
+def _read(stored: dict[str, _Stored], places: dict[str, Place], shape: tuple[int, ...], dtype: np.dtype) -> jax.Array:
+    """One parameter from its tensors (one per layer if stacked), turned and cast."""
+    parameter = np.empty(shape, dtype)
+    for name, place in places.items():
+        tensor = stored[name].read()
+        parameter[... if place.layer is None else place.layer] = tensor.T if place.transposed else tensor
+    return jnp.asarray(parameter)
+
+
+# Writing
+
+
+def _write_weights(
+    folder: Path, parameters: dict[str, jax.Array], places: dict[str, Place], dtype: np.dtype, max_shard_bytes: int
+) -> None:
+    shards, room = [[]], max_shard_bytes
+    sizes = {name: math.prod(place.shape) * dtype.itemsize for name, place in places.items()}
+    for name, size in sizes.items():
+        if shards[-1] and size > room:
+            shards.append([])
+            room = max_shard_bytes
+        shards[-1].append(name)
+        room -= size
+    files = (
+        [SINGLE]
+        if len(shards) == 1
+        else [f"model-{i:05}-of-{len(shards):05}.safetensors" for i, _ in enumerate(shards, 1)]
+    )
+    for file, names in zip(files, shards, strict=True):
+        tensors = {name: _to_store(parameters, places[name], dtype) for name in names}
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+    if len(shards) > 1:
+        weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _to_store(parameters: dict[str, jax.Array], place: Place, dtype: np.dtype) -> np.ndarray:
+    parameter = parameters[place.parameter]
+    tensor = np.asarray((parameter if place.layer is None else parameter[place.layer]).astype(dtype))
+    return np.ascontiguousarray(tensor.T if place.transposed else tensor)

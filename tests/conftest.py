@@ -1,0 +1,45 @@
+"""Reference cases from tests/golden (see its README): numbers of the authors' PyTorch code."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+class Case(NamedTuple):
+    """One entry of manifest.json with its arrays."""
+
+    id: str
+    family: str
+    kind: str
+    model: Path
+    args: dict[str, Any]
+    tolerance: dict[str, float]
+    arrays: dict[str, np.ndarray]
+
+
+def golden_ids(*kinds: str) -> list[str]:
+    """Ids of the cases of these kinds, for `pytest.mark.parametrize`."""
+    return [entry["id"] for entry in _manifest().values() if entry["kind"] in kinds]
+
+
+def load_case(case_id: str) -> Case:
+    entry = _manifest()[case_id]
+    with np.load(GOLDEN / entry["file"]) as file:
+        arrays = dict(file)
+    tolerance = entry.get("tolerance", {})
+    return Case(case_id, entry["family"], entry["kind"], GOLDEN / entry["model"], entry["args"], tolerance, arrays)
+
+
+def _manifest() -> dict[str, dict[str, Any]]:
+    return {entry["id"]: entry for entry in json.loads((GOLDEN / "manifest.json").read_text())["cases"]}
+
+
+@pytest.fixture
+def golden():
+    """golden(case_id) -> Case."""
+    return load_case
