@@ -14,18 +14,21 @@ from cdlm_jax.kernels.vocab.reference import Confidence
 TILE = 4096  # head columns at a time; memory is a few float32 arrays of [..., TILE]
 
 
-def confidence(hidden: jax.Array, head: jax.Array, *, tile: int = TILE) -> Confidence:
+def confidence(
+    hidden: jax.Array, head: jax.Array, *, forbidden: int | None = None, tile: int = TILE
+) -> Confidence:
     """The most probable token of each row and how sure softmax(hidden @ head) is of it.
 
     Args:
       hidden: [..., d].
       head: [d, V].
+      forbidden: a token id that is never the answer, while its share of the probability still counts.
 
     Returns:
       Confidence of [...] arrays: token (int32, the lowest id among equals), probability, margin (top minus second
       probability) and entropy in nats, in float32. One pass over the vocabulary; plain dense computation if V <= tile.
     """
-    return xla.confidence(hidden, head, tile)
+    return xla.confidence(hidden, head, forbidden, tile)
 
 
 def linear_kl(

@@ -20,11 +20,12 @@ def logits(hidden, head):
     return jnp.einsum("...d,dv->...v", hidden, head, preferred_element_type=jnp.float32)
 
 
-def confidence(hidden, head):
+def confidence(hidden, head, forbidden=None):
     log_p = jax.nn.log_softmax(logits(hidden, head))
     p = jnp.exp(log_p)
-    top = jax.lax.top_k(p, 2)[0]
-    token = jnp.argmax(log_p, axis=-1).astype(jnp.int32)
+    allowed = log_p if forbidden is None else jnp.where(jnp.arange(p.shape[-1]) == forbidden, -jnp.inf, log_p)
+    top = jnp.exp(jax.lax.top_k(allowed, 2)[0])
+    token = jnp.argmax(allowed, axis=-1).astype(jnp.int32)
     return Confidence(token, top[..., 0], top[..., 0] - top[..., 1], -jnp.sum(p * log_p, axis=-1))
 
 

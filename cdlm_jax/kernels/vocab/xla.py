@@ -82,17 +82,21 @@ def merge_log_sums(a: LogSum, b: LogSum):
 
 class Peak(NamedTuple):
     total: LogSum
-    token: jax.Array  # int32 [...], id of the largest logit
-    second: jax.Array  # float32 [...], the second largest logit, equal to the largest when tied
+    token: jax.Array  # int32 [...], the allowed id with the largest logit
+    first: jax.Array  # float32 [...], that logit
+    second: jax.Array  # float32 [...], the second largest allowed logit, equal to the first when tied
     moment: jax.Array  # float32 [...], sum of (z - top) exp(z - top)
 
 
-def peak(z, start):
+def peak(z, start, forbidden):
     total, exp = log_sum(z)
-    place = jnp.argmax(z, axis=-1).astype(jnp.int32)  # the first of equals
-    others = jnp.where(jnp.arange(z.shape[-1]) == place[..., None], -jnp.inf, z)
     moment = jnp.sum((z - total.top[..., None]) * exp, axis=-1)
-    return Peak(total, start + place, jnp.max(others, axis=-1), moment)
+    places = jnp.arange(z.shape[-1])
+    if forbidden is not None:
+        z = jnp.where(start + places == forbidden, -jnp.inf, z)
+    place = jnp.argmax(z, axis=-1).astype(jnp.int32)  # the first of equals
+    others = jnp.where(places == place[..., None], -jnp.inf, z)
+    return Peak(total, start + place, jnp.max(z, axis=-1), jnp.max(others, axis=-1), moment)
 
 
 def merge_peaks(a: Peak, b: Peak):
@@ -100,23 +104,24 @@ def merge_peaks(a: Peak, b: Peak):
     total, scale_a, scale_b = merge_log_sums(a.total, b.total)
     return Peak(
         total,
-        token=jnp.where(a.total.top >= b.total.top, a.token, b.token),
-        second=jnp.maximum(jnp.minimum(a.total.top, b.total.top), jnp.maximum(a.second, b.second)),
+        token=jnp.where(a.first >= b.first, a.token, b.token),
+        first=jnp.maximum(a.first, b.first),
+        second=jnp.maximum(jnp.minimum(a.first, b.first), jnp.maximum(a.second, b.second)),
         # The deviations of each part were taken from its own maximum: move them to the common one.
         moment=scale_a * (a.moment + (a.total.top - total.top) * a.total.mass)
         + scale_b * (b.moment + (b.total.top - total.top) * b.total.mass),
     )
 
 
-def confidence(hidden, head, tile):
+def confidence(hidden, head, forbidden, tile):
     def measure(start, size):
-        return peak(tile_logits(hidden, head, start, size), start)
+        return peak(tile_logits(hidden, head, start, size), start, forbidden)
 
-    (top, mass), token, second, moment = merge_tiles(measure, merge_peaks, head.shape[1], tile)
+    (top, mass), token, first, second, moment = merge_tiles(measure, merge_peaks, head.shape[1], tile)
     return Confidence(
         token=token,
-        probability=1 / mass,
-        margin=(1 - jnp.exp(second - top)) / mass,
+        probability=jnp.exp(first - top) / mass,
+        margin=(jnp.exp(first - top) - jnp.exp(second - top)) / mass,
         entropy=jnp.log(mass) - moment / mass,
     )
 
