@@ -54,3 +54,27 @@ class ModelConfig:
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_heads
+
+
+def build(cls, section, name: str):
+    """A frozen dataclass from a mapping (a ConfigDict section); nested dataclass fields from nested mappings.
+
+    Unknown keys, missing keys and values of the wrong type are refused by their full name.
+    """
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    if unknown := sorted(set(section) - set(fields)):
+        raise InputError(f"unknown config key {name}.{unknown[0]}; allowed: {', '.join(sorted(fields))}")
+    values = {}
+    for key, value in section.items():
+        kind = fields[key].type
+        if dataclasses.is_dataclass(kind):
+            value = build(kind, value, f"{name}.{key}")
+        elif kind == dict[str, float]:
+            value = dict(value)
+        elif isinstance(value, list):
+            value = tuple(value)
+        values[key] = value
+    required = {key for key, field in fields.items() if field.default is field.default_factory is dataclasses.MISSING}
+    if missing := sorted(required - set(values)):
+        raise InputError(f"missing config key {name}.{missing[0]}")
+    return cls(**values)

@@ -27,6 +27,15 @@ def visible_end_at(positions: jax.Array, prompt_lengths: jax.Array, block_size: 
     return jnp.where(positions < prompt, prompt, prompt + block_size * (block + 1))
 
 
+def row_end(prompt_lengths: jax.Array, gen_length: int, seq_len: int) -> jax.Array:
+    """A bidirectional teacher on ragged rows: every position sees its row's prompt and response, [rows, seq_len] int32.
+
+    `visible_end(..., block_size=None)` is this for rows without padding.
+    """
+    end = (prompt_lengths + gen_length).astype(jnp.int32)
+    return jnp.broadcast_to(end[:, None], (prompt_lengths.shape[0], seq_len))
+
+
 def dense_mask(visible_end: jax.Array, num_keys: int, valid_start: jax.Array | None = None) -> jax.Array:
     """The rule as a boolean mask for the reference path: [rows, Q] -> [rows, Q, num_keys], True where seen.
 

@@ -3,19 +3,68 @@
 from ml_collections import ConfigDict
 
 
-def get_config():
+def get_config() -> ConfigDict:
     config = ConfigDict()
+    config.work = "runs/tiny"
     config.seed = 0
-    config.tasks = ConfigDict(
-        {"chain": 2.0, "sudoku4": 2.0, "sort": 1.0, "countdown3": 2.5, "spell_backward": 0.7, "chain_sum": 0.8}
-    )
+    config.tasks = {
+        "chain": 2.0,
+        "sudoku4": 2.0,
+        "sort": 1.0,
+        "countdown3": 2.5,
+        "spell_backward": 0.7,
+        "chain_sum": 0.8,
+    }
     config.prompt_length = 23
     config.gen_length = 48
     config.block_size = 16
-    config.model = ConfigDict(
-        dict(hidden_size=128, num_layers=6, num_heads=4, num_kv_heads=4, mlp_size=336, rope_theta=100.0, norm_eps=1e-5)
-    )
-    config.pretrain = ConfigDict(dict(steps=7500, batch_size=64, ema_decay=0.995, checkpoint_every=500))
-    config.pretrain.optimizer = ConfigDict(dict(name="muon", learning_rate=1e-2, adam_ratio=0.3, warmup_fraction=0.02, weight_decay=0.0))
-    config.pretrain.noise = ConfigDict(dict(curriculum=0.2, first_t_max=0.3, min_t=0.02))
+    config.teacher = "shipped"
+    config.heldout_per_task = 128
+    config.model = {
+        "hidden_size": 128,
+        "num_layers": 6,
+        "num_heads": 4,
+        "num_kv_heads": 4,
+        "mlp_size": 336,
+        "rope_theta": 100.0,
+        "norm_eps": 1e-5,
+    }
+    config.pretrain = {
+        "steps": 7500,
+        "batch_size": 64,
+        "ema_decay": 0.995,
+        "checkpoint_every": 500,
+        "evaluate_every": 1000,
+        "log_every": 20,
+        "optimizer": {
+            "name": "muon",
+            "learning_rate": 1e-2,
+            "adam_ratio": 0.3,
+            "warmup_fraction": 0.02,
+            "weight_decay": 0.0,
+        },
+        "noise": {"curriculum": 0.2, "first_t_max": 0.3, "min_t": 0.02},
+    }
+    config.collect = {"num_prompts": 4096, "temperatures": (0.0, 0.5), "batch_size": 64, "shard_size": 512}
+    config.distill = {
+        "steps": 600,
+        "batch_size": 64,
+        "accumulate": 1,
+        "checkpoint_every": 200,
+        "evaluate_every": 0,
+        "log_every": 10,
+        "teacher": "offline",
+        "consistency_scope": "later_blocks",
+        "weights": {"distill": 1.0, "consistency": 0.5, "dlm": 0.1},
+        "lora_rank": 0,
+        "lora_alpha": 32.0,
+        "ema_decay": 0.98,
+        "optimizer": {
+            "name": "muon",
+            "learning_rate": 3e-3,
+            "adam_ratio": 0.3,
+            "warmup_fraction": 0.05,
+            "weight_decay": 0.0,
+        },
+    }
     return config

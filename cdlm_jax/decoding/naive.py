@@ -21,6 +21,7 @@ from cdlm_jax.decoding.common import (
 )
 from cdlm_jax.decoding.unmask import Quota, Unmask
 from cdlm_jax.models.transformer import Transformer
+from cdlm_jax.visibility import row_end
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,13 +93,11 @@ def decode(
     """The whole decode loop: the final Progress and, if asked, the hidden row that finalized each position [rows, L, d]."""
     size, alignment = config.block_size, model.config.logit_alignment
     stop_token_id = model.config.eos_token_id if config.early_stop else None
-    everything = jnp.broadcast_to(
-        (prompt_lengths + config.gen_length)[:, None], (prompts.shape[0], prompts.shape[1] + config.gen_length)
-    )
+    end = row_end(prompt_lengths, config.gen_length, prompts.shape[1] + config.gen_length)
 
     def block_hidden(prompts, progress):
         tokens = append_response(prompts, prompt_lengths, progress.response)
-        hidden = model(tokens, visible_end=everything)
+        hidden = model(tokens, visible_end=end)
         return predicting_rows(hidden, prompt_lengths + progress.block * size, size, alignment)  # [rows, B, d]
 
     def step(carry):

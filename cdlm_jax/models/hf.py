@@ -1,6 +1,8 @@
 """Hugging Face folders of LLaDA and Dream (config.json + safetensors) <-> Transformer, without PyTorch."""
 
 import contextlib
+import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -21,7 +23,7 @@ from cdlm_jax.models.hf_config import config_text, read_config, read_json, read_
 from cdlm_jax.models.lora import merge
 from cdlm_jax.models.transformer import Transformer
 
-__all__ = ["abstract", "export_hf", "load_model", "read_config", "read_metadata"]
+__all__ = ["abstract", "export_hf", "fingerprint", "load_model", "read_config", "read_metadata"]
 
 # Our parameter -> the checkpoint's tensor; {} is the layer. Kernels are [in, out] here and [out, in] there.
 TENSORS = {
@@ -313,3 +315,12 @@ def _to_store(parameters: dict[str, jax.Array], place: Place, dtype: np.dtype) -
     parameter = parameters[place.parameter]
     tensor = np.asarray((parameter if place.layer is None else parameter[place.layer]).astype(dtype))
     return np.ascontiguousarray(tensor.T if place.transposed else tensor)
+
+
+def fingerprint(model: Transformer) -> str:
+    """16 hex digits that change with any weight or any part of the configuration."""
+    digest = hashlib.blake2b(repr(dataclasses.replace(model.config, source="")).encode(), digest_size=8)
+    for name, array in sorted(_parameters(model).items()):
+        digest.update(f"{name} {array.shape} {array.dtype}".encode())
+        digest.update(np.ascontiguousarray(array).view(np.uint8).data)
+    return digest.hexdigest()

@@ -11,7 +11,10 @@ from flax import nnx
 
 from cdlm_jax.config import InputError
 from cdlm_jax.decoding.common import append_response, predicting_rows
+from cdlm_jax.training.loop import LoopConfig
 from cdlm_jax.training.losses import masked_denoising_loss
+from cdlm_jax.training.optimizer import OptimizerConfig
+from cdlm_jax.visibility import row_end
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,6 +41,23 @@ class NoiseSchedule:
         return jnp.maximum(strata / rows * t_max, self.min_t)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PretrainConfig(LoopConfig):
+    """How to train a teacher from random weights."""
+
+    batch_size: int = 64
+    ema_decay: float = 0.995
+    optimizer: OptimizerConfig = OptimizerConfig(name="muon", learning_rate=1e-2, weight_decay=0.0)
+    noise: NoiseSchedule = NoiseSchedule()
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.batch_size < 1:
+            raise InputError(f"pretrain.batch_size must be at least 1, got {self.batch_size}")
+        if not 0 <= self.ema_decay < 1:
+            raise InputError(f"pretrain.ema_decay must be in [0, 1), got {self.ema_decay}")
+
+
 def make_loss(graphdef: nnx.GraphDef, noise: NoiseSchedule, steps: int):
     """The `LossFn` of pre-training: E_t[1/(t L) * sum over masked of -log p(answer)] under full attention.
 
@@ -53,8 +73,7 @@ def make_loss(graphdef: nnx.GraphDef, noise: NoiseSchedule, steps: int):
         masked = jax.random.uniform(mask_key, answer.shape) < t[:, None]
         y = jnp.where(masked, model.config.mask_token_id, answer)
         tokens = append_response(batch["prompt"], prompt_lengths, y)
-        everything = jnp.broadcast_to((prompt_lengths + length)[:, None], tokens.shape)
-        hidden = model(tokens, visible_end=everything)
+        hidden = model(tokens, visible_end=row_end(prompt_lengths, length, tokens.shape[1]))
         hidden = predicting_rows(hidden, prompt_lengths, length, model.config.logit_alignment)
         return masked_denoising_loss(hidden, model.head, answer, masked, t), {}
 

@@ -1,0 +1,8 @@
+"""`python -m cdlm_jax`: the same as the console script `cdlm`."""
+
+import sys
+
+from cdlm_jax.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,48 @@
+"""A model folder: weights and config.json in Hugging Face form, its tokenizer, and what the recipe says about it."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any
+
+from cdlm_jax.config import InputError
+from cdlm_jax.data import Encoder
+from cdlm_jax.models.hf import export_hf, load_model, read_metadata
+from cdlm_jax.models.transformer import Transformer
+from cdlm_jax.tokenizers import Tokenizer, has_tokenizer
+
+SHIPPED_TEACHER = Path(__file__).parent / "pretrained" / "tiny_teacher"
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """metadata: the `cdlm` entry of config.json ({} for folders made elsewhere): role, prompt_length, gen_length,
+    block_size, tasks, and whatever a stage adds."""
+
+    model: Transformer
+    tokenizer: Tokenizer | None
+    metadata: dict[str, Any]
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "Checkpoint":
+        """`shipped` is the tiny teacher inside the package. InputError names what is wrong with a folder."""
+        folder = SHIPPED_TEACHER if str(folder) == "shipped" else Path(folder)
+        if not folder.is_dir():
+            raise InputError(f"no model folder at {folder}")
+        model = load_model(folder)
+        tokenizer = Tokenizer.from_folder(folder) if has_tokenizer(folder) else None
+        return cls(model, tokenizer, read_metadata(folder))
+
+    def save(self, folder: Path) -> None:
+        """Write the folder, replacing one that an earlier run of a recipe wrote; any other content is refused."""
+        if (folder / "config.json").exists() and read_metadata(folder):
+            shutil.rmtree(folder)
+        export_hf(self.model, folder, metadata=self.metadata)
+        if self.tokenizer is not None:
+            self.tokenizer.save(folder)
+
+    def encoder(self, prompt_length: int, gen_length: int) -> Encoder:
+        """For texts; InputError if the folder has no tokenizer."""
+        if self.tokenizer is None:
+            raise InputError("this model folder has no tokenizer; give token ids instead of text")
+        return Encoder(self.tokenizer, self.model.config, prompt_length, gen_length)

@@ -1,0 +1,1 @@
+"""Decoding held-out problems, scoring, and showing the result."""

@@ -1,0 +1,202 @@
+"""The recipe's stages on one set of settings: pretrain a teacher, collect its trajectories, distill a student."""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import jax
+from flax import nnx
+
+from cdlm_jax import tasks
+from cdlm_jax.checkpoint import Checkpoint
+from cdlm_jax.config import ModelConfig
+from cdlm_jax.data import Encoder, ProblemMixture, problem_batches
+from cdlm_jax.decoding import cdlm, naive
+from cdlm_jax.decoding.unmask import Threshold
+from cdlm_jax.evaluation.harness import evaluate, heldout_problems
+from cdlm_jax.models.hf import fingerprint
+from cdlm_jax.models.lora import merge
+from cdlm_jax.models.transformer import Transformer
+from cdlm_jax.tokenizers import Tokenizer
+from cdlm_jax.training import distill as distillation
+from cdlm_jax.training import teacher as pretraining
+from cdlm_jax.training.loop import train
+from cdlm_jax.training.optimizer import make_optimizer
+from cdlm_jax.training.step import TrainState, make_train_step
+from cdlm_jax.trajectories.collect import CollectConfig
+from cdlm_jax.trajectories.collect import collect as collect_trajectories
+from cdlm_jax.trajectories.store import read
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """The sizes of a model trained from scratch; the rest of its ModelConfig follows from the tokenizer and the recipe."""
+
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    mlp_size: int
+    rope_theta: float
+    norm_eps: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything a run depends on, read from a config file (`configs/`). Stages write under the folder `work`.
+
+    tasks: weights of the problem mixture; teacher: a model folder, or `shipped`; heldout_per_task: problems of the
+    periodic evaluation.
+    """
+
+    work: str
+    seed: int = 0
+    tasks: dict[str, float]
+    prompt_length: int
+    gen_length: int
+    block_size: int
+    teacher: str = "shipped"
+    heldout_per_task: int = 128
+    model: ModelShape
+    pretrain: pretraining.PretrainConfig
+    collect: CollectConfig
+    distill: distillation.DistillConfig
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.work)
+
+    def settings(self, *sections: str) -> dict:
+        """What a checkpoint of a stage must agree on to be continued: the shared fields and the named sections."""
+        shared = ("seed", "tasks", "prompt_length", "gen_length", "block_size", "teacher")
+        values = dataclasses.asdict(self)
+        return {name: values[name] for name in shared + sections}
+
+    def problems(self, split: str, length: int, *, stream: int) -> ProblemMixture:
+        """Problems of the recipe's mixture; different streams of one recipe draw different problems."""
+        return ProblemMixture(self.tasks, split, length, self.seed + stream)
+
+    def metadata(self, role: str) -> dict:
+        names = ("prompt_length", "gen_length", "block_size")
+        return {"role": role, "tasks": list(self.tasks)} | {name: getattr(self, name) for name in names}
+
+
+def pretrain(recipe: Recipe) -> Checkpoint:
+    """Train a bidirectional teacher on the mixture from random weights; writes `work/teacher`."""
+    config = recipe.pretrain
+    tokenizer = Tokenizer.characters(tasks.CHARACTERS)
+    eos, mask = tokenizer.token_to_id("<eos>"), tokenizer.token_to_id("<mask>")
+    model_config = ModelConfig(
+        vocab_size=tokenizer.vocab_size,
+        mask_token_id=mask,
+        eos_token_id=eos,
+        pad_token_id=eos,
+        max_length=recipe.prompt_length + recipe.gen_length,
+        **dataclasses.asdict(recipe.model),
+    )
+    encoder = Encoder(tokenizer, model_config, recipe.prompt_length, recipe.gen_length)
+    model = Transformer(model_config, rngs=nnx.Rngs(recipe.seed))
+    graphdef, trainable, rest = nnx.split(model, nnx.Param, ...)
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    loss_fn = pretraining.make_loss(graphdef, config.noise, config.steps)
+    mixture = recipe.problems("train", config.steps * config.batch_size, stream=0)
+    state = train(
+        make_train_step(loss_fn, optimizer, seed=recipe.seed, ema_decay=config.ema_decay),
+        TrainState.create(trainable, optimizer, ema=config.ema_decay > 0),
+        rest,
+        problem_batches(mixture, encoder, config.batch_size),
+        config,
+        folder=recipe.folder / "pretrain",
+        settings=recipe.settings("model", "pretrain"),
+        label="teacher",
+        evaluate=_heldout(recipe, encoder, partial(_merged, graphdef, rest), teacher_decoder(recipe)),
+    )
+    teacher = Checkpoint(_merged(graphdef, rest, state), tokenizer, recipe.metadata("teacher"))
+    teacher.save(recipe.folder / "teacher")
+    return teacher
+
+
+def collect(recipe: Recipe) -> None:
+    """Decode the mixture with the teacher; fills the store `work/trajectories`, continuing an interrupted one."""
+    teacher = Checkpoint.load(recipe.teacher)
+    collect_trajectories(
+        teacher.model,
+        teacher.encoder(recipe.prompt_length, recipe.gen_length),
+        recipe.problems("train", recipe.collect.num_prompts, stream=1),
+        recipe.collect,
+        block_size=recipe.block_size,
+        model_fingerprint=fingerprint(teacher.model),
+        folder=recipe.folder / "trajectories",
+    )
+
+
+def distill(recipe: Recipe) -> Checkpoint:
+    """Train the block-causal student on `work/trajectories`; writes `work/student`, adapters merged."""
+    config = recipe.distill
+    teacher = Checkpoint.load(recipe.teacher)
+    encoder = teacher.encoder(recipe.prompt_length, recipe.gen_length)
+    trajectories = read(
+        recipe.folder / "trajectories",
+        model_fingerprint=fingerprint(teacher.model),
+        tokenizer_fingerprint=encoder.tokenizer.fingerprint(),
+        prompt_length=recipe.prompt_length,
+        gen_length=recipe.gen_length,
+        block_size=recipe.block_size,
+        logit_alignment=teacher.model.config.logit_alignment,
+    )
+    key = jax.random.fold_in(jax.random.key(recipe.seed), 1)
+    graphdef, trainable, frozen = distillation.make_student(teacher.model, config, key)
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    loss_fn = distillation.make_loss(graphdef, config, recipe.block_size)
+    step = make_train_step(
+        loss_fn, optimizer, seed=recipe.seed + 2, accumulate=config.accumulate, ema_decay=config.ema_decay
+    )
+    state = train(
+        step,
+        TrainState.create(trainable, optimizer, ema=config.ema_decay > 0),
+        frozen,
+        distillation.trajectory_batches(trajectories, config.batch_size, recipe.seed),
+        config,
+        folder=recipe.folder / "distill",
+        settings=recipe.settings("distill"),
+        label="student",
+        evaluate=_heldout(recipe, encoder, partial(_merged, graphdef, frozen.student), student_decoder(recipe)),
+    )
+    student = merge(_merged(graphdef, frozen.student, state))
+    checkpoint = Checkpoint(student, teacher.tokenizer, recipe.metadata("student"))
+    checkpoint.save(recipe.folder / "student")
+    return checkpoint
+
+
+def teacher_decoder(recipe: Recipe, **options) -> Callable:
+    """decode(model, prompts, lengths): the teacher's, one token per step unless `options` of naive.Config say else."""
+    config = naive.Config(gen_length=recipe.gen_length, block_size=recipe.block_size, **options)
+    return partial(_decode, naive.generate, config)
+
+
+def student_decoder(recipe: Recipe, tau: float = 0.9) -> Callable:
+    """decode(model, prompts, lengths): the student's, against the exact cache."""
+    config = cdlm.Config(gen_length=recipe.gen_length, block_size=recipe.block_size, unmask=Threshold(tau))
+    return partial(_decode, cdlm.generate, config)
+
+
+def _decode(generate, config, model, prompts, prompt_lengths):
+    return generate(model, prompts, prompt_lengths, config)
+
+
+def _merged(graphdef: nnx.GraphDef, rest: nnx.State, state: TrainState) -> Transformer:
+    return nnx.merge(graphdef, state.evaluated, rest)
+
+
+def _heldout(recipe: Recipe, encoder: Encoder, model_of: Callable, decode: Callable) -> Callable | None:
+    """The periodic evaluation of a training loop: accuracy per task and mean forwards on held-out problems."""
+    if recipe.heldout_per_task == 0:
+        return None
+    problems = heldout_problems(list(recipe.tasks), recipe.heldout_per_task)
+
+    def evaluate_state(state: TrainState) -> dict[str, float]:
+        result = evaluate(partial(decode, model_of(state)), encoder, problems, batch_size=64)
+        return {**result.per_task, "accuracy": result.accuracy, "forwards": result.mean_forwards}
+
+    return evaluate_state

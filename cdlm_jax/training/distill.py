@@ -1,0 +1,157 @@
+"""The CDLM objective (section 3.3): three losses of the block-causal student on one teacher trajectory."""
+
+import dataclasses
+from typing import Literal
+
+import grain
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from cdlm_jax.config import InputError
+from cdlm_jax.decoding.common import append_response, predicting_rows
+from cdlm_jax.kernels.vocab import confidence
+from cdlm_jax.models import lora
+from cdlm_jax.models.transformer import Transformer
+from cdlm_jax.training.loop import LoopConfig
+from cdlm_jax.training.losses import (
+    LossWeights,
+    consistency_loss,
+    distillation_loss,
+    masked_denoising_loss,
+)
+from cdlm_jax.training.optimizer import OptimizerConfig
+from cdlm_jax.trajectories.states import SCOPES, masked_response, sample_states
+from cdlm_jax.trajectories.store import Trajectories
+from cdlm_jax.visibility import row_end, visible_end
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DistillConfig(LoopConfig):
+    """How to train a student.
+
+    teacher: `offline` rebuilds the teacher's distribution from the stored hidden rows, `online` asks the frozen
+        network at each state.
+    lora_rank: 0 trains all parameters.
+    accumulate: backward passes per update; each takes batch_size / accumulate rows.
+    """
+
+    batch_size: int = 64
+    accumulate: int = 1
+    teacher: Literal["offline", "online"] = "offline"
+    consistency_scope: str = "later_blocks"
+    weights: LossWeights = LossWeights()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    ema_decay: float = 0.0
+    lora_rank: int = 32
+    lora_alpha: float = 32.0
+    remat: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.batch_size < 1 or self.accumulate < 1 or self.batch_size % self.accumulate:
+            raise InputError(
+                f"distill.batch_size {self.batch_size} must be a positive multiple of accumulate {self.accumulate}"
+            )
+        if self.teacher not in ("offline", "online"):
+            raise InputError(f"distill.teacher must be offline or online, got {self.teacher!r}")
+        if self.consistency_scope not in SCOPES:
+            raise InputError(f"distill.consistency_scope must be {' or '.join(SCOPES)}, got {self.consistency_scope!r}")
+        if self.lora_rank < 0:
+            raise InputError(f"distill.lora_rank must be 0 (train everything) or more, got {self.lora_rank}")
+        if not 0 <= self.ema_decay < 1:
+            raise InputError(f"distill.ema_decay must be in [0, 1), got {self.ema_decay}")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    """What a distillation step reads and never changes.
+
+    student: nnx.State of the parameters that are not trained; teacher_head: [d, V], turns stored hidden rows into the
+    teacher's distribution; teacher: the frozen network when it is asked online, else None.
+    """
+
+    student: nnx.State
+    teacher_head: jax.Array
+    teacher: Transformer | None
+
+
+def make_student(teacher: Transformer, config: DistillConfig, key: jax.Array):
+    """(graphdef, trainable, frozen): the teacher's weights with LoRA adapters, or a trainable copy of all of them."""
+    if config.lora_rank:
+        student = lora.attach(teacher, rank=config.lora_rank, alpha=config.lora_alpha, key=key)
+        graphdef, trainable, rest = nnx.split(student, lora.LoRAParam, ...)
+    else:
+        graphdef, trainable, rest = nnx.split(teacher, nnx.Param, ...)
+        trainable = jax.tree.map(jnp.copy, trainable)  # a train step donates its state; the teacher must survive it
+    frozen = Frozen(rest, teacher.head, teacher if config.teacher == "online" else None)
+    return graphdef, trainable, frozen
+
+
+def make_loss(graphdef: nnx.GraphDef, config: DistillConfig, block_size: int):
+    """The `LossFn` of distillation.
+
+    batch: {prompt [rows, P_max], prompt_length [rows], tokens [rows, L], order [rows, L], hidden [rows, L, d],
+    answer [rows, L]} as in `trajectories.store`. metrics: each unweighted loss, and `agreement`, the share of the
+    positions in U where the student's most probable token at y is the one the teacher finalized.
+    """
+
+    def response_hidden(model, batch, response, end):
+        """Hidden rows that predict the response tokens under a visibility: [rows, L, d]."""
+        lengths, size = batch["prompt_length"], response.shape[1]
+        tokens = append_response(batch["prompt"], lengths, response)
+        hidden = model(tokens, visible_end=end(lengths, tokens.shape[1]), remat=config.remat)
+        return predicting_rows(hidden, lengths, size, model.config.logit_alignment)
+
+    def block_causal(lengths, seq_len):
+        return visible_end(lengths, seq_len, block_size)
+
+    def loss_fn(trainable, frozen: Frozen, batch, keys, step):
+        student = nnx.merge(graphdef, trainable, frozen.student)
+        mask_id, head = student.config.mask_token_id, student.head
+        state_keys, noise_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
+        state = sample_states(
+            batch["tokens"],
+            batch["order"],
+            state_keys,
+            block_size=block_size,
+            mask_token_id=mask_id,
+            scope=config.consistency_scope,
+        )
+        noised = masked_response(batch["answer"], noise_keys, mask_token_id=mask_id)
+
+        # One forward for y and the noised answer together, one without gradient for y*.
+        twice = {name: jnp.concatenate([batch[name]] * 2) for name in ("prompt", "prompt_length")}
+        both = response_hidden(student, twice, jnp.concatenate([state.tokens, noised.tokens]), block_causal)
+        at_y, at_noised = jnp.split(both, 2)
+        at_completed = response_hidden(jax.lax.stop_gradient(student), batch, state.completed, block_causal)
+        if frozen.teacher is None:
+            teacher_hidden = batch["hidden"].astype(at_y.dtype)
+        else:
+            length = batch["tokens"].shape[1]
+            whole = lambda lengths, seq_len: row_end(lengths, length, seq_len)  # noqa: E731
+            teacher_hidden = response_hidden(frozen.teacher, batch, state.tokens, whole)
+
+        losses = {
+            "distill": distillation_loss(teacher_hidden, at_y, head, state.newly, teacher_head=frozen.teacher_head),
+            "consistency": consistency_loss(at_completed, at_y, head, state.remaining),
+            "dlm": masked_denoising_loss(at_noised, head, batch["answer"], noised.masked, noised.t),
+        }
+        loss = sum(getattr(config.weights, name) * value for name, value in losses.items())
+        agrees = confidence(jax.lax.stop_gradient(at_y), jax.lax.stop_gradient(head)).token == batch["tokens"]
+        agreement = jnp.sum(agrees & state.newly) / jnp.sum(state.newly)
+        return loss, {**losses, "agreement": agreement}
+
+    return loss_fn
+
+
+def trajectory_batches(trajectories: Trajectories, batch_size: int, seed: int) -> grain.IterDataset:
+    """Endless shuffled batches of a store, without the fields that the loss does not read."""
+    fields = ("prompt", "prompt_length", "tokens", "order", "hidden", "answer")
+    if len(trajectories) < batch_size:
+        raise InputError(f"batch_size {batch_size} exceeds the {len(trajectories)} records of {trajectories.folder}")
+    dataset = grain.MapDataset.source(trajectories).seed(seed).shuffle().repeat()
+    dataset = dataset.map(lambda record: {name: record[name] for name in fields})
+    batches = dataset.batch(batch_size, drop_remainder=True)
+    return batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4))
