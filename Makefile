@@ -36,7 +36,8 @@ clean:
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 $(PYTHON_STAMP):
-	@$(PYTHON) -c 'import sys; sys.exit("cdlm_jax needs Python 3.11 or newer, $(PYTHON) is %d.%d: try make PYTHON=python3.12" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "cdlm_jax needs Python 3.11 or newer, $(PYTHON) is $$($(PYTHON) --version 2>&1): try make PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	touch $@

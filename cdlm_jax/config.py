@@ -14,7 +14,7 @@ class InputError(ValueError):
 class ModelConfig:
     """Shape of a Transformer. LLaDA and Dream are two settings of it (`models/hf.py` reads both from config.json).
 
-    logit_alignment: `same_position` (LLaDA: logits at row i predict token i) or `shifted` (Dream: row i-1 predicts token i).
+    logit_alignment: `same_position` (LLaDA: the logits of row i predict token i) or `shifted` (Dream: of row i-1).
     family: which checkpoint format the model came from, and is exported to.
     source: the original config.json text, kept so that an export writes back every key; empty for models made here.
     """
@@ -42,7 +42,7 @@ class ModelConfig:
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.hidden_size % (2 * self.num_heads):
-            raise InputError(f"hidden_size {self.hidden_size} must be a multiple of 2 * num_heads = {2 * self.num_heads}")
+            raise InputError(f"hidden_size {self.hidden_size} must be a multiple of 2 * num_heads {self.num_heads}")
         if self.num_heads % self.num_kv_heads:
             raise InputError(f"num_heads {self.num_heads} must be a multiple of num_kv_heads {self.num_kv_heads}")
         for name in ("mask_token_id", "eos_token_id", "pad_token_id"):

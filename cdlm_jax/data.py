@@ -48,7 +48,7 @@ def _pad(ids: list[int], length: int, pad: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class ProblemMixture:
-    """Random-access source of `length` problems; each index draws its task by weight. Equal seeds give equal problems."""
+    """Random access to `length` problems; each index draws its task by weight. Equal seeds give equal problems."""
 
     weights: dict[str, float]
     split: str

@@ -31,7 +31,7 @@ from cdlm_jax.trajectories.store import read
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelShape:
-    """The sizes of a model trained from scratch; the rest of its ModelConfig follows from the tokenizer and the recipe."""
+    """The sizes of a model trained from scratch; the rest of its ModelConfig follows from the recipe."""
 
     hidden_size: int
     num_layers: int

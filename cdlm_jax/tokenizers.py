@@ -179,9 +179,10 @@ class Tokenizer:
             if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
                 raise InputError(f"a chat message needs the keys 'role' and 'content', got {message!r:.80}")
         # As Hugging Face does: absent tools and documents are None, which templates tell from undefined.
-        variables = dict(messages=messages, add_generation_prompt=add_generation_prompt, tools=None, documents=None)
+        variables = {"messages": messages, "add_generation_prompt": add_generation_prompt}
+        variables |= {"tools": None, "documents": None} | dict(self.special_tokens)
         try:
-            return _bounded_join(_compile(self.chat_template).generate(**variables, **self.special_tokens))
+            return _bounded_join(_compile(self.chat_template).generate(variables))
         except SecurityError as error:
             raise InputError(f"the chat template is refused: {_one_line(error)}") from error
         except Exception as error:  # a template can raise anything Python can

@@ -1,6 +1,6 @@
 """The one visibility rule (docs/method.md): position i of a row sees exactly the positions j < visible_end(i).
 
-The training mask, the exact cache, the prefill, the cached block step and the kernels are this rule on different ranges.
+The training mask, the exact cache, the prefill, the cached block step and the kernels are this rule on other ranges.
 """
 
 import jax

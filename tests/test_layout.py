@@ -23,7 +23,7 @@ SOURCES = [
 FLOORS = [
     {"__main__"},
     {"cli"},
-    {"quickstart", "planning"},
+    {"quickstart", "generate", "planning"},
     {"__init__"},
     {"recipe"},
     {"training"},

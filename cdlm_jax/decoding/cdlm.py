@@ -1,9 +1,9 @@
 """The student's decoder: block by block against the exact cache (CDLM section 4).
 
-    prefill   the prompt's keys and values enter the cache
-    refine    a forward over the current block; sure tokens are finalized
-    commit    a forward over a finished block, whose keys and values (of final tokens now) enter the cache;
-              merged with the next block's first refine, or on its own
+prefill   the prompt's keys and values enter the cache
+refine    a forward over the current block; sure tokens are finalized
+commit    a forward over a finished block, whose keys and values (of final tokens now) enter the cache;
+          merged with the next block's first refine, or on its own
 """
 
 import dataclasses
@@ -126,7 +126,7 @@ def decode_step(model: Transformer, prompt_lengths: jax.Array, keys: jax.Array, 
 
 
 def refine(model: Transformer, start: jax.Array, size: int, state: State) -> tuple[jax.Array, State]:
-    """The current block against the cache: hidden [rows, B, d]. Its own keys and values are scratch, never committed."""
+    """The current block against the cache: hidden [rows, B, d]. Its own keys and values are scratch."""
     tokens = state.progress.block_tokens(size)
     end = jnp.broadcast_to((start + size)[:, None], tokens.shape)
     with jax.named_scope("refine"):
@@ -144,7 +144,7 @@ def commit(state: State, rows: jax.Array, end: jax.Array, hidden: jax.Array) -> 
 
 
 def merged_forward(model: Transformer, start: jax.Array, size: int, state: State) -> tuple[jax.Array, State]:
-    """Commit the block before and refine the current one in a single 2B-wide forward: hidden of the latter [rows, B, d].
+    """Commit the block before and refine the current one in one 2B-wide forward: the latter's hidden [rows, B, d].
 
     Rows with nothing to commit run along; what they compute for the block before is dropped.
     """

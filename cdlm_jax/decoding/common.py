@@ -182,7 +182,7 @@ def check_request(model: ModelConfig, prompts, prompt_lengths, gen_length: int, 
         )
     if prompts.shape[1] + gen_length > model.max_length:
         raise InputError(
-            f"prompt ({prompts.shape[1]} columns) and gen_length {gen_length} exceed the model's {model.max_length} positions"
+            f"prompt {prompts.shape[1]} + gen_length {gen_length} exceeds the model's {model.max_length} positions"
         )
     if not temperature >= 0:
         raise InputError(f"temperature must be 0 or more, got {temperature}")
@@ -191,7 +191,7 @@ def check_request(model: ModelConfig, prompts, prompt_lengths, gen_length: int, 
     if isinstance(prompts, jax.core.Tracer) or isinstance(prompt_lengths, jax.core.Tracer):
         return
     tokens, lengths = np.asarray(prompts), np.asarray(prompt_lengths)
-    if lengths.size and not (1 <= lengths.min() and lengths.max() <= tokens.shape[1]):
+    if lengths.size and (lengths.min() < 1 or lengths.max() > tokens.shape[1]):
         raise InputError(f"prompt lengths must be in 1..{tokens.shape[1]}, got {lengths.min()}..{lengths.max()}")
     real = np.arange(tokens.shape[1]) < lengths[:, None]
     for row, place in np.argwhere(real & ((tokens < 0) | (tokens >= model.vocab_size)))[:1]:

@@ -1,7 +1,6 @@
 """The teacher's decoder: LLaDA's semi-autoregressive `generate`, a full bidirectional forward per step, no cache."""
 
 import dataclasses
-from dataclasses import replace
 from functools import partial
 from typing import Literal
 
@@ -49,7 +48,7 @@ class Config:
         blocks = self.gen_length // self.block_size
         if self.steps is not None and not (0 < self.steps <= self.gen_length and self.steps % blocks == 0):
             raise InputError(
-                f"steps must be a multiple of the {blocks} blocks and at most gen_length {self.gen_length}, got {self.steps}"
+                f"steps must be a multiple of the {blocks} blocks and at most {self.gen_length}, got {self.steps}"
             )
         if self.steps is not None and self.unmask is not None:
             raise InputError(f"give either steps or an unmask policy, got steps {self.steps} and {self.unmask}")
@@ -90,7 +89,7 @@ def decode(
     *,
     keep_hidden: bool = False,
 ) -> tuple[Progress, jax.Array | None]:
-    """The whole decode loop: the final Progress and, if asked, the hidden row that finalized each position [rows, L, d]."""
+    """The whole decode loop: the final Progress and, if asked, the hidden rows that finalized [rows, L, d]."""
     size, alignment = config.block_size, model.config.logit_alignment
     stop_token_id = model.config.eos_token_id if config.early_stop else None
     end = row_end(prompt_lengths, config.gen_length, prompts.shape[1] + config.gen_length)

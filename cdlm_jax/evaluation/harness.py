@@ -56,24 +56,24 @@ def heldout_problems(names: Sequence[str], per_task: int) -> list[NamedProblem]:
 
 
 def evaluate(decode: Decode, encoder: Encoder, problems: Sequence[NamedProblem], batch_size: int) -> Evaluation:
-    """Decode and score all problems, `batch_size` at a time (the last batch is filled up, so one program serves all)."""
+    """Decode and score all problems, `batch_size` at a time (the last batch is filled up: one program serves all)."""
     results = []
     for start in range(0, len(problems), batch_size):
         batch = problems[start : start + batch_size]
         prompts, lengths = encoder.prompts([problem.prompt for _, problem in batch])
         rows = np.minimum(np.arange(batch_size), len(batch) - 1)
         result = jax.device_get(decode(jnp.asarray(prompts[rows]), jnp.asarray(lengths[rows])))
-        results.append(jax.tree.map(lambda x, n=len(batch): x[:n], result))
-    joined = jax.tree.map(lambda *parts: np.concatenate(parts), *results)
+        results.append(result)
+    joined = jax.tree.map(lambda *parts: np.concatenate(parts)[: len(problems)], *results)
     responses = [encoder.response(tokens) for tokens in joined.tokens]
-    correct = [
-        tasks.get(name).score(problem, response)
-        for (name, problem), response in zip(problems, responses, strict=True)
-    ]
-    return Evaluation(problems, responses, np.array(correct), joined.forwards, joined.lengths)
+    scored = zip(problems, responses, strict=True)
+    correct = np.array([tasks.get(name).score(problem, response) for (name, problem), response in scored])
+    return Evaluation(problems, responses, correct, joined.forwards, joined.lengths)
 
 
-def latencies(decoders: dict[str, Decode], encoder: Encoder, problems: Sequence[NamedProblem]) -> dict[str, list[float]]:
+def latencies(
+    decoders: dict[str, Decode], encoder: Encoder, problems: Sequence[NamedProblem]
+) -> dict[str, list[float]]:
     """Batch-1 seconds per problem of every decoder, compile excluded.
 
     The decoders take turns problem by problem, so that a drifting machine hurts all alike.

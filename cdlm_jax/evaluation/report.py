@@ -175,7 +175,7 @@ def _accuracy_axes(axes: Axes, results: Sequence[MethodResult], title: str) -> N
     axes.set_xlim(min(forwards) / 1.6, max(forwards) * 1.6)
     axes.xaxis.set_major_formatter("{x:g}")
     low, high = min(accuracy), max(accuracy)
-    room = max(high - low, 2) * 0.15
+    room = max(0.15 * (high - low), (5 - (high - low)) / 2)  # never zoom in on noise: at least 5 points are shown
     axes.set_ylim(low - room, high + room)
     ticks = MaxNLocator(nbins=6, steps=[1, 2, 5, 10]).tick_values(low - room, high + room)
     axes.set_yticks([tick for tick in ticks if low - room <= tick <= min(100, high + room)])

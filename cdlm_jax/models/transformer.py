@@ -58,7 +58,7 @@ def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
 
 
 class Layer(nnx.Module):
-    """One block of the stack, in two halves around the attention so that every caller brings its own keys and values."""
+    """One block of the stack, in two halves around the attention: every caller brings its own keys and values."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype):
         d, heads, kv_heads, head_dim = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim

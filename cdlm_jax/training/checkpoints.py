@@ -39,13 +39,13 @@ class Checkpoints:
         latest = self._checkpointer.latest
         if latest is None:
             return None
-        place = latest.custom_metadata if latest.custom_metadata else self._checkpointer.metadata(latest.step).custom_metadata
+        place = latest.custom_metadata or self._checkpointer.metadata(latest.step).custom_metadata
         for name in self._settings.keys() | place["settings"].keys():
             got, expected = place["settings"].get(name), self._settings.get(name)
             if got != expected:
                 raise InputError(
-                    f"checkpoint {self._checkpointer.directory} is of another run: {name} is {got!r} there, {expected!r} here; "
-                    "use another work folder or remove this one"
+                    f"{self._checkpointer.directory} holds checkpoints of another run: {name} is {got!r} there, "
+                    f"{expected!r} here; use another work folder or remove this one"
                 )
         tree = self._checkpointer.load(latest.step, _tree(like))
         return jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(tree)), place["iterator"]

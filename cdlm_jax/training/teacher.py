@@ -19,9 +19,9 @@ from cdlm_jax.visibility import row_end
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NoiseSchedule:
-    """Mask ratios t ~ U(0, t_max), t_max growing from `first_t_max` to 1 over the first `curriculum` share of the steps.
+    """Mask ratios t ~ U(0, t_max).
 
-    `min_t` bounds the loss weight 1/t.
+    t_max grows from `first_t_max` to 1 over the first `curriculum` share of the steps; `min_t` bounds the weight 1/t.
     """
 
     curriculum: float = 0.28

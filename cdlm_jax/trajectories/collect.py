@@ -1,4 +1,4 @@
-"""Trajectory collection: the teacher decodes every prompt one token per step, and each finalizing hidden row is kept."""
+"""Trajectory collection: the teacher decodes one token per step, and each finalizing hidden row is kept."""
 
 import dataclasses
 from pathlib import Path

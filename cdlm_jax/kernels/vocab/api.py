@@ -14,9 +14,7 @@ from cdlm_jax.kernels.vocab.reference import Confidence
 TILE = 4096  # head columns at a time; memory is a few float32 arrays of [..., TILE]
 
 
-def confidence(
-    hidden: jax.Array, head: jax.Array, *, forbidden: int | None = None, tile: int = TILE
-) -> Confidence:
+def confidence(hidden: jax.Array, head: jax.Array, *, forbidden: int | None = None, tile: int = TILE) -> Confidence:
     """The most probable token of each row and how sure softmax(hidden @ head) is of it.
 
     Args:

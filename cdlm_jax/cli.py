@@ -1,0 +1,248 @@
+"""The command line: `cdlm <command>` parses and calls, nothing else."""
+
+import contextlib
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+from absl import flags
+from ml_collections import config_flags
+
+from cdlm_jax.config import InputError, build
+
+USAGE = """usage: cdlm <command> [--flag=value ...]        (cdlm <command> --help lists its flags)
+
+  quickstart   shipped teacher -> trajectories -> student -> held-out report, on this machine
+  pretrain     train a tiny bidirectional teacher
+  collect      decode prompts with a teacher, keep its trajectories
+  distill      train a block-causal student on trajectories
+  generate     answer prompts with a model folder
+  evaluate     score a model folder on problems with verifiable answers
+  export       write a model folder with another dtype
+
+pretrain, collect, distill, quickstart: --config=configs/x.py and overrides such as --config.distill.steps=200."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0, 2 for unusable input (one line says why), 130 when interrupted."""
+    arguments = sys.argv[1:] if argv is None else argv
+    if not arguments or arguments[0] in ("help", "--help", "-h"):
+        print(USAGE)
+        return 0 if arguments else 2
+    name, *rest = arguments
+    if name not in COMMANDS:
+        print(f"cdlm: unknown command {name!r}, allowed: {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    _quiet()
+    define, run = COMMANDS[name]
+    try:
+        parsed = _parse(name, define, rest)
+        if parsed is None:
+            return 0
+        run(parsed)
+    except InputError as error:
+        print(f"cdlm {name}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"cdlm {name}: interrupted; the same command continues from what is saved", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _quiet() -> None:
+    """No chatter of libraries between our own lines."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"(orbax|tensorflow_datasets|etils|grain)\b.*")
+
+
+# ---- flags ---------------------------------------------------------------------------------------------------------
+
+
+def _parse(command: str, define: Callable[[flags.FlagValues], None], arguments: list[str]) -> flags.FlagValues | None:
+    """The command's flags; None if help was asked for. Anything unusable becomes one InputError."""
+    values = flags.FlagValues()
+    define(values)
+    if any(argument in ("--help", "-h", "--helpfull") for argument in arguments):
+        print(f"cdlm {command}\n{values.get_help()}")
+        return None
+    try:
+        rest = values([command, *arguments])[1:]
+    except (flags.Error, OSError, SyntaxError, KeyError, AttributeError, TypeError, ValueError) as error:
+        raise InputError(" ".join(str(error).split())) from error
+    if rest:
+        raise InputError(f"unexpected argument {rest[0]!r}; flags are given as --name=value")
+    return values
+
+
+def _config_flags(default: str) -> Callable[[flags.FlagValues], None]:
+    def define(values: flags.FlagValues) -> None:
+        config_flags.DEFINE_config_file("config", _config_path(default), "Recipe to run.", flag_values=values)
+
+    return define
+
+
+def _config_path(name: str) -> str:
+    """A recipe of this project: beside the package in a clone, inside it when installed from a wheel."""
+    package = Path(__file__).parent
+    inside, beside = package / "configs" / name, package.parent / "configs" / name
+    return str(inside if inside.exists() else beside)
+
+
+def _quickstart_flags(values: flags.FlagValues) -> None:
+    _config_flags("quickstart.py")(values)
+    flags.DEFINE_bool("from_scratch", False, "Train the teacher too.", flag_values=values)
+
+
+def _model_flags(values: flags.FlagValues) -> None:
+    text, number, real = flags.DEFINE_string, flags.DEFINE_integer, flags.DEFINE_float
+    text("model", "shipped", "Model folder; `shipped` is the tiny teacher in the package.", flag_values=values)
+    text("decoder", None, "cdlm (block-causal student) or naive (bidirectional teacher).", flag_values=values)
+    number("gen_length", None, "Response tokens.", lower_bound=1, flag_values=values)
+    number("block_size", None, "Tokens per block.", lower_bound=1, flag_values=values)
+    real("threshold", None, "Finalize every token surer than this.", flag_values=values)
+    number("steps", None, "Forwards in all (naive decoder).", lower_bound=1, flag_values=values)
+    real("temperature", 0.0, "0 is greedy.", flag_values=values)
+    number("seed", 0, "Of sampling.", flag_values=values)
+    number("batch_size", 16, "Prompts decoded together.", lower_bound=1, flag_values=values)
+
+
+def _generate_flags(values: flags.FlagValues) -> None:
+    _model_flags(values)
+    flags.DEFINE_string("prompt", None, "Text to answer.", flag_values=values)
+    flags.DEFINE_list("prompt_ids", None, "Token ids to answer, comma-separated.", flag_values=values)
+    flags.DEFINE_string("task", None, "Answer held-out problems of this task.", flag_values=values)
+    flags.DEFINE_integer("num", 4, "How many problems of --task.", lower_bound=1, flag_values=values)
+    flags.DEFINE_string("input", None, 'JSON lines: {"prompt": text} or {"prompt_ids": [...]}.', flag_values=values)
+    flags.DEFINE_string("output", None, "Write answers here as JSON lines.", flag_values=values)
+    flags.DEFINE_bool("chat", True, "Use the folder's chat template for text, if it has one.", flag_values=values)
+    flags.DEFINE_bool("show_steps", False, "Play the refinement of each answer.", flag_values=values)
+
+
+def _evaluate_flags(values: flags.FlagValues) -> None:
+    _model_flags(values)
+    flags.DEFINE_list("task", None, "Held-out problems of these tasks, comma-separated.", flag_values=values)
+    flags.DEFINE_integer("num", 512, "Problems per task.", lower_bound=1, flag_values=values)
+    flags.DEFINE_list("data", None, "Files of 4x4 Sudoku or Countdown-3, comma-separated.", flag_values=values)
+
+
+def _export_flags(values: flags.FlagValues) -> None:
+    flags.DEFINE_string("model", None, "Model folder.", flag_values=values)
+    flags.DEFINE_string("output", None, "New folder.", flag_values=values)
+    flags.DEFINE_string("dtype", None, "float32 or bfloat16; default as stored.", flag_values=values)
+
+
+# ---- commands ------------------------------------------------------------------------------------------------------
+# Imports happen inside, so that help and wrong flags answer at once.
+
+
+def _recipe(values: flags.FlagValues):
+    from cdlm_jax.recipe import Recipe
+
+    return build(Recipe, values.config, "config")
+
+
+def _stage(name: str) -> Callable[[flags.FlagValues], None]:
+    def run(values: flags.FlagValues) -> None:
+        from cdlm_jax import recipe
+
+        settings = _recipe(values)
+        print(f"{name}: everything is written under {settings.folder}")
+        getattr(recipe, name)(settings)
+
+    return run
+
+
+def _quickstart(values: flags.FlagValues) -> None:
+    from cdlm_jax.quickstart import quickstart
+
+    quickstart(_recipe(values), from_scratch=values.from_scratch, console=_console())
+
+
+def _generate(values: flags.FlagValues) -> None:
+    from cdlm_jax import generate
+    from cdlm_jax.checkpoint import Checkpoint
+
+    sources = [name for name in ("prompt", "prompt_ids", "task", "input") if values[name].value is not None]
+    if len(sources) != 1:
+        got = ", ".join(sources) or "none"
+        raise InputError(f"give exactly one of --prompt, --prompt_ids, --task, --input; got {got}")
+    checkpoint, options = Checkpoint.load(values.model), _options(values)
+    options = options.resolve(checkpoint.metadata)
+    tokenizer = checkpoint.tokenizer
+    match sources[0]:
+        case "prompt":
+            requests = [generate.text_request(tokenizer, values.prompt, chat=values.chat)]
+        case "prompt_ids":
+            requests = [generate.Request(_integers("prompt_ids", values.prompt_ids))]
+        case "task":
+            requests = generate.task_requests(tokenizer, values.task, values.num)
+        case "input":
+            requests = generate.file_requests(tokenizer, Path(values.input), chat=values.chat)
+    generate.run(
+        checkpoint,
+        requests,
+        options,
+        batch_size=values.batch_size,
+        output=None if values.output is None else Path(values.output),
+        steps_shown=values.show_steps,
+        console=_console(),
+    )
+
+
+def _evaluate(values: flags.FlagValues) -> None:
+    from cdlm_jax import generate
+    from cdlm_jax.checkpoint import Checkpoint
+
+    if not values.task and not values.data:
+        raise InputError("give --task=names, --data=files, or both")
+    checkpoint = Checkpoint.load(values.model)
+    options = _options(values).resolve(checkpoint.metadata)
+    groups = generate.problem_groups(values.task or [], values.num, [Path(path) for path in values.data or []])
+    _console().print(generate.score(checkpoint, groups, options, values.batch_size))
+
+
+def _export(values: flags.FlagValues) -> None:
+    from cdlm_jax.checkpoint import Checkpoint
+    from cdlm_jax.models.hf import export_hf
+
+    if values.model is None or values.output is None:
+        raise InputError("give --model and --output")
+    checkpoint = Checkpoint.load(values.model)
+    export_hf(checkpoint.model, values.output, dtype=values.dtype, metadata=checkpoint.metadata or None)
+    if checkpoint.tokenizer is not None:
+        checkpoint.tokenizer.save(values.output)
+    print(f"wrote {values.output}")
+
+
+def _options(values: flags.FlagValues):
+    from cdlm_jax.generate import Options
+
+    names = ("decoder", "gen_length", "block_size", "threshold", "steps", "temperature", "seed")
+    return Options(**{name: values[name].value for name in names})
+
+
+def _integers(name: str, items: list[str]) -> list[int]:
+    with contextlib.suppress(ValueError):
+        return [int(item) for item in items]
+    raise InputError(f"--{name} takes comma-separated integers, got {','.join(items)!r}")
+
+
+def _console():
+    from rich.console import Console
+
+    return Console()
+
+
+COMMANDS: dict[str, tuple[Callable, Callable]] = {
+    "quickstart": (_quickstart_flags, _quickstart),
+    "pretrain": (_config_flags("tiny.py"), _stage("pretrain")),
+    "collect": (_config_flags("tiny.py"), _stage("collect")),
+    "distill": (_config_flags("tiny.py"), _stage("distill")),
+    "generate": (_generate_flags, _generate),
+    "evaluate": (_evaluate_flags, _evaluate),
+    "export": (_export_flags, _export),
+}

@@ -1,0 +1,276 @@
+"""Answering prompts with any model folder: texts, token ids, a task's problems, or a file of them."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from cdlm_jax import tasks
+from cdlm_jax.checkpoint import Checkpoint
+from cdlm_jax.config import InputError
+from cdlm_jax.decoding import cdlm, naive
+from cdlm_jax.decoding.common import DecodeResult
+from cdlm_jax.decoding.unmask import Threshold
+from cdlm_jax.evaluation.harness import NamedProblem, evaluate, heldout_problems
+from cdlm_jax.evaluation.player import play
+from cdlm_jax.tasks import real_data
+from cdlm_jax.tokenizers import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """How to decode. None takes what the model folder says (`Checkpoint.metadata`), else the default in brackets.
+
+    decoder: cdlm for a block-causal student, naive for a bidirectional teacher [naive]; gen_length [256]; block_size
+    [32]; threshold: confidence above which tokens are finalized together [cdlm: 0.9, naive: one token per step];
+    steps: of the naive decoder.
+    """
+
+    decoder: Literal["cdlm", "naive"] | None = None
+    gen_length: int | None = None
+    block_size: int | None = None
+    threshold: float | None = None
+    steps: int | None = None
+    temperature: float = 0.0
+    seed: int = 0
+
+    def resolve(self, metadata: dict[str, Any]) -> "Options":
+        role = {"student": "cdlm", "teacher": "naive"}.get(metadata.get("role"), "naive")
+        return dataclasses.replace(
+            self,
+            decoder=self.decoder or role,
+            gen_length=self.gen_length or metadata.get("gen_length", 256),
+            block_size=self.block_size or metadata.get("block_size", 32),
+        )
+
+    def bind(self) -> Callable:
+        """generate(model, prompts, prompt_lengths, key) -> DecodeResult, from resolved options."""
+        shape = {"gen_length": self.gen_length, "block_size": self.block_size, "temperature": self.temperature}
+        policy = None if self.threshold is None else Threshold(self.threshold)
+        if self.decoder == "cdlm":
+            if self.steps is not None:
+                raise InputError("steps belong to the naive decoder; give the cdlm decoder a threshold")
+            generate, config = cdlm.generate, cdlm.Config(**shape, unmask=policy or Threshold())
+        elif self.decoder == "naive":
+            generate, config = naive.generate, naive.Config(**shape, steps=self.steps, unmask=policy)
+        else:
+            raise InputError(f"decoder must be cdlm or naive, got {self.decoder!r}")
+        return lambda model, prompts, lengths, key: generate(model, prompts, lengths, config, key)
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """One prompt as token ids, with what there is to show and to score it by."""
+
+    ids: list[int]
+    text: str | None = None
+    problem: tuple[str, tasks.Problem] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """tokens, finalized_at: [gen_length]; text and correct are None without a tokenizer, or a problem."""
+
+    request: Request
+    tokens: np.ndarray
+    finalized_at: np.ndarray
+    length: int
+    forwards: int
+    text: str | None
+    correct: bool | None
+
+    def record(self) -> dict[str, Any]:
+        """As one JSON object."""
+        values = {
+            "prompt": self.request.text,
+            "prompt_ids": self.request.ids,
+            "response": self.text,
+            "tokens": self.tokens.tolist(),
+            "length": self.length,
+            "forwards": self.forwards,
+            "correct": self.correct,
+        }
+        return {name: value for name, value in values.items() if value is not None}
+
+
+# ---- requests ------------------------------------------------------------------------------------------------------
+
+
+def text_request(tokenizer: Tokenizer | None, text: str, *, chat: bool) -> Request:
+    """`chat` wraps the text as a user's message in the folder's chat template, where it has one."""
+    if tokenizer is None:
+        raise InputError("this model folder has no tokenizer; give --prompt_ids, or prompt_ids in the input file")
+    wrap = chat and tokenizer.chat_template is not None
+    rendered = tokenizer.apply_chat_template([{"role": "user", "content": text}]) if wrap else text
+    return Request(tokenizer.encode(rendered), text)
+
+
+def task_requests(tokenizer: Tokenizer | None, name: str, count: int) -> list[Request]:
+    """The first held-out problems of a task."""
+    return [
+        dataclasses.replace(text_request(tokenizer, problem.prompt, chat=False), problem=(name, problem))
+        for name, problem in heldout_problems([name], count)
+    ]
+
+
+def file_requests(tokenizer: Tokenizer | None, path: Path, *, chat: bool) -> list[Request]:
+    """JSON lines, each {"prompt": text} or {"prompt_ids": [token ids]}."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read {path}: {error}") from error
+    requests = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise InputError(f"{path} line {number}: not JSON ({error})") from error
+        match row:
+            case {"prompt_ids": [*ids]} if all(type(i) is int for i in ids):
+                requests.append(Request(ids))
+            case {"prompt": str(text)}:
+                requests.append(text_request(tokenizer, text, chat=chat))
+            case _:
+                raise InputError(f'{path} line {number}: expected {{"prompt": text}} or {{"prompt_ids": [integers]}}')
+    if not requests:
+        raise InputError(f"{path} holds no prompts")
+    return requests
+
+
+# ---- answers -------------------------------------------------------------------------------------------------------
+
+
+def answers(checkpoint: Checkpoint, requests: Sequence[Request], options: Options, batch_size: int) -> Iterator[Answer]:
+    """Decode in batches of equal shape, in order. `options` must be resolved."""
+    config, generate = checkpoint.model.config, options.bind()
+    width = max(len(request.ids) for request in requests)
+    if not all(request.ids for request in requests):
+        raise InputError("a prompt is empty")
+    key = jax.random.key(options.seed)
+    rows = min(batch_size, len(requests))
+    for start in range(0, len(requests), rows):
+        batch = list(requests[start : start + rows])
+        padded = batch + batch[-1:] * (rows - len(batch))
+        prompts = [request.ids + [config.pad_token_id] * (width - len(request.ids)) for request in padded]
+        lengths = [len(request.ids) for request in padded]
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, start + jnp.arange(rows))
+        result = jax.device_get(
+            generate(checkpoint.model, jnp.asarray(prompts, jnp.int32), jnp.asarray(lengths, jnp.int32), keys)
+        )
+        for row, request in enumerate(batch):
+            yield _answer(checkpoint.tokenizer, request, result, row)
+
+
+def _answer(tokenizer: Tokenizer | None, request: Request, result: DecodeResult, row: int) -> Answer:
+    tokens, length = result.tokens[row], int(result.lengths[row])
+    text = None if tokenizer is None else tokenizer.decode(tokens[:length].tolist())
+    correct = None
+    if request.problem is not None and text is not None:
+        name, problem = request.problem
+        correct = tasks.get(name).score(problem, text)
+    return Answer(request, tokens, result.finalized_at[row], length, int(result.forwards[row]), text, correct)
+
+
+def show_steps(checkpoint: Checkpoint, answer: Answer, options: Options, console: Console) -> None:
+    """Play the refinement of one answer in the terminal."""
+    tokenizer = checkpoint.tokenizer
+    pieces = [f"{token} " if tokenizer is None else tokenizer.id_to_token(token) for token in answer.tokens.tolist()]
+    pieces = [piece if place < answer.length else "" for place, piece in enumerate(pieces)]
+    play(
+        answer.request.text or " ".join(map(str, answer.request.ids)),
+        pieces,
+        answer.finalized_at,
+        block_size=options.block_size,
+        label=f"{options.decoder}, block size {options.block_size}",
+        console=console,
+        forwards=answer.forwards,
+    )
+
+
+def write_answers(path: Path, found: Sequence[Answer]) -> None:
+    """JSON lines; the file appears whole."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        partial.write_text("".join(json.dumps(answer.record()) + "\n" for answer in found), encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}") from error
+
+
+def run(
+    checkpoint: Checkpoint,
+    requests: Sequence[Request],
+    options: Options,
+    *,
+    batch_size: int,
+    output: Path | None,
+    steps_shown: bool,
+    console: Console,
+) -> None:
+    """Answer all requests: print each (or play its refinement), and write `output` if given."""
+    found = []
+    for answer in answers(checkpoint, requests, options, batch_size):
+        found.append(answer)
+        if steps_shown:
+            show_steps(checkpoint, answer, options, console)
+        elif output is None:
+            _print(answer, console)
+    if output is not None:
+        write_answers(output, found)
+        console.print(f"{len(found)} answers written to {output}")
+
+
+def _print(answer: Answer, console: Console) -> None:
+    prompt = answer.request.text or " ".join(map(str, answer.request.ids))
+    text = answer.text if answer.text is not None else " ".join(map(str, answer.tokens[: answer.length].tolist()))
+    verdict = {None: "", True: "  [green]right[/]", False: "  [red]wrong[/]"}[answer.correct]
+    console.print(f"[dim]{escape(prompt)}[/] {escape(text)}", soft_wrap=True, highlight=False)
+    console.print(
+        f"[dim]  {answer.length} tokens, {answer.forwards} forwards[/]{verdict}", soft_wrap=True, highlight=False
+    )
+
+
+# ---- scores --------------------------------------------------------------------------------------------------------
+
+
+def problem_groups(names: Sequence[str], count: int, files: Sequence[Path]) -> dict[str, list[NamedProblem]]:
+    """Held-out problems of the named tasks, and the problems of files of real data, each group under its name."""
+    groups = {name: heldout_problems([name], count) for name in names}
+    for path in files:
+        task, problems = real_data.load(path)
+        groups[path.name] = [(task.name, problem) for problem in problems]
+    return groups
+
+
+def score(checkpoint: Checkpoint, groups: dict[str, list[NamedProblem]], options: Options, batch_size: int) -> Table:
+    """Accuracy and forwards of every group. `options` must be resolved."""
+    generate = options.bind()
+    table = Table("problems", "number", "accuracy", "forwards", "tokens/forward", header_style="bold")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    length = max(len(problem.prompt) for group in groups.values() for _, problem in group)
+    encoder = checkpoint.encoder(checkpoint.metadata.get("prompt_length", length), options.gen_length)
+
+    def decode(prompts, lengths):
+        return generate(checkpoint.model, prompts, lengths, jax.random.key(options.seed))
+
+    for name, group in groups.items():
+        found = evaluate(decode, encoder, group, min(batch_size, len(group)))
+        table.add_row(
+            name,
+            str(len(group)),
+            f"{100 * found.accuracy:.1f} %",
+            f"{found.mean_forwards:.2f}",
+            f"{found.tokens_per_forward:.2f}",
+        )
+    return table

@@ -1,0 +1,150 @@
+"""The whole of CDLM in minutes: teacher, trajectories, student, and an honest report on held-out problems."""
+
+import dataclasses
+import json
+import time
+from functools import partial
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+
+from cdlm_jax import recipe as stages
+from cdlm_jax.checkpoint import Checkpoint
+from cdlm_jax.data import Encoder
+from cdlm_jax.decoding.unmask import Threshold
+from cdlm_jax.evaluation.harness import Decode, evaluate, heldout_problems, latencies, spread
+from cdlm_jax.evaluation.player import play
+from cdlm_jax.evaluation.report import MethodResult, markdown, plot_accuracy, plot_order, table, task_table
+from cdlm_jax.recipe import Recipe, student_decoder, teacher_decoder
+
+TEACHER = "teacher, 1 token per step"
+STUDENT = "CDLM, tau 0.9"
+LATENCY_PROBLEMS = 16
+
+
+def quickstart(recipe: Recipe, *, from_scratch: bool, console: Console) -> None:
+    """Run every stage and print the report; tables, plots and answers are kept under `work/report`."""
+    seconds: dict[str, float] = {}
+
+    def timed(name: str, stage, *arguments):
+        begin = time.perf_counter()
+        result = stage(*arguments)
+        seconds[name] = time.perf_counter() - begin
+        return result
+
+    if from_scratch:
+        console.rule("1  train the teacher: masked denoising, full attention")
+        timed("teacher", stages.pretrain, recipe)
+        recipe = dataclasses.replace(recipe, teacher=str(recipe.folder / "teacher"))
+    else:
+        console.rule("1  teacher: the bidirectional diffusion model shipped with the package")
+    teacher = Checkpoint.load(recipe.teacher)
+    console.rule("2  collect its trajectories: one token per step, final hidden rows kept")
+    timed("trajectories", stages.collect, recipe)
+    console.rule("3  distill a block-causal student")
+    student = timed("student", stages.distill, recipe)
+    console.rule("4  held-out problems")
+    results, orders = timed("report", report, recipe, teacher, student, console)
+    sample = orders[-1]
+    console.rule("5  one answer, block by block")
+    play(
+        sample.prompt,
+        sample.pieces,
+        sample.finalized_at,
+        block_size=recipe.block_size,
+        label=sample.label,
+        console=console,
+        forwards=sample.forwards,
+    )
+    summary = {"seconds": seconds, "results": [dataclasses.asdict(result) for result in results]}
+    (recipe.folder / "report" / "results.json").write_text(json.dumps(summary, indent=2) + "\n")
+    spent = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
+    console.print(f"{spent}; {sum(seconds.values()):.0f} s in all")
+    console.print(f"student: {recipe.folder / 'student'}   tables and plots: {recipe.folder / 'report'}")
+    console.print(f"try it: cdlm generate --model={recipe.folder / 'student'} --task=chain --show_steps")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """One decoded problem, for the plot and the player."""
+
+    label: str
+    prompt: str
+    pieces: list[str]
+    finalized_at: np.ndarray
+    forwards: int
+
+
+def report(
+    recipe: Recipe, teacher: Checkpoint, student: Checkpoint, console: Console
+) -> tuple[list[MethodResult], list[Sample]]:
+    """Measure every method on the same held-out problems; print the tables, write the plots."""
+    encoder = teacher.encoder(recipe.prompt_length, recipe.gen_length)
+    problems = heldout_problems(list(recipe.tasks), recipe.heldout_per_task)
+
+    def student_at(tau: float) -> Decode:
+        return partial(student_decoder(recipe, tau), student.model)
+
+    # The truncated teacher gets the student's own budget of forwards, in whole steps per block.
+    blocks = recipe.gen_length // recipe.block_size
+    budget = evaluate(student_at(0.9), encoder, problems, batch_size=64).mean_forwards
+    steps = blocks * max(1, round(budget / blocks))
+    methods: dict[str, tuple[str, Decode]] = {
+        TEACHER: ("teacher", partial(teacher_decoder(recipe), teacher.model)),
+        f"teacher, {2 * steps} steps": ("teacher", partial(teacher_decoder(recipe, steps=2 * steps), teacher.model)),
+        f"teacher, {steps} steps": ("teacher", partial(teacher_decoder(recipe, steps=steps), teacher.model)),
+        "teacher, threshold 0.9": ("", partial(teacher_decoder(recipe, unmask=Threshold(0.9)), teacher.model)),
+        "untrained student, tau 0.9": ("", partial(student_decoder(recipe, 0.9), teacher.model)),
+        "CDLM, tau 0.95": ("CDLM", student_at(0.95)),
+        STUDENT: ("CDLM", student_at(0.9)),
+        "CDLM, tau 0.7": ("CDLM", student_at(0.7)),
+    }
+    with console.status("latency, one sequence at a time"):
+        seconds = latencies(
+            {name: decode for name, (_, decode) in methods.items()},
+            encoder,
+            problems[:: max(1, len(problems) // LATENCY_PROBLEMS)],
+        )
+    results = []
+    for name, (series, decode) in methods.items():
+        with console.status(f"{name}: {len(problems)} problems"):
+            found = evaluate(decode, encoder, problems, batch_size=64)
+        median, low, high = (1000 * value for value in spread(seconds[name]))
+        results.append(
+            MethodResult(
+                name=name,
+                accuracy=found.accuracy,
+                problems=len(problems),
+                forwards=found.mean_forwards,
+                tokens_per_forward=found.tokens_per_forward,
+                latency_ms=median,
+                latency_spread=(low, high),
+                per_task=found.per_task,
+                series=series,
+            )
+        )
+    folder = recipe.folder / "report"
+    folder.mkdir(parents=True, exist_ok=True)
+    console.print(table(results, TEACHER))
+    console.print(task_table(results))
+    (folder / "results.md").write_text(markdown(results, TEACHER))
+    plot_accuracy(results, folder / "accuracy.png", "Held-out accuracy against forward passes")
+    orders = [_sample(name, methods[name][1], encoder, problems[0][1].prompt) for name in (TEACHER, STUDENT)]
+    _plot_orders(orders, recipe.block_size, folder / "order.png")
+    return results, orders
+
+
+def _sample(label: str, decode: Decode, encoder: Encoder, prompt: str) -> Sample:
+    prompts, lengths = encoder.prompts([prompt])
+    result = decode(jnp.asarray(prompts), jnp.asarray(lengths))
+    tokens = np.asarray(result.tokens[0])
+    shown = [encoder.tokenizer.id_to_token(token) for token in tokens[: int(result.lengths[0])].tolist()]
+    pieces = shown + [""] * (len(tokens) - len(shown))
+    return Sample(label, prompt, pieces, np.asarray(result.finalized_at[0]), int(result.forwards[0]))
+
+
+def _plot_orders(samples: list[Sample], block_size: int, path: Path) -> None:
+    rows = [(s.label, s.pieces, s.finalized_at, s.forwards, block_size) for s in samples]
+    plot_order(rows, path, f"When each token of the answer to {samples[0].prompt} was finalized")
