@@ -1,0 +1,251 @@
+"""Answering: what goes through files and batches equals the decoders called directly; scores, pictures, templates."""
+
+import dataclasses
+import io
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import GOLDEN, load_case
+from rich.console import Console
+from test_checkpoint import BLOCK_SIZE, GEN_LENGTH, tiny_checkpoint
+
+from cdlm_jax import generate, tasks
+from cdlm_jax.checkpoint import Checkpoint
+from cdlm_jax.cli import main
+from cdlm_jax.config import InputError
+from cdlm_jax.decoding import cdlm, naive
+from cdlm_jax.decoding.common import DecodeResult, response_lengths
+from cdlm_jax.decoding.unmask import Threshold
+from cdlm_jax.generate import Options, Request
+from cdlm_jax.tokenizers import Tokenizer
+
+GEN, BLOCK = 32, 8  # of the golden decodes
+
+# case id, flags, and the same decoder called directly
+GOLDEN_DECODES = {
+    "llada/generate_steps16_gen32_block8_cfg0": (
+        "--decoder=naive --steps=16",
+        (naive.generate, naive.Config(gen_length=GEN, block_size=BLOCK, steps=16)),
+    ),
+    "llada/student_decode_tau0.6_early_stop": (
+        "--decoder=cdlm --threshold=0.6",
+        (cdlm.generate, cdlm.Config(gen_length=GEN, block_size=BLOCK, unmask=Threshold(0.6))),
+    ),
+    "dream/teacher_trajectory": (
+        "--decoder=naive",
+        (naive.generate, naive.Config(gen_length=GEN, block_size=BLOCK)),
+    ),
+    "dream/student_decode_tau0.9_early_stop": (
+        "--decoder=cdlm",
+        (cdlm.generate, cdlm.Config(gen_length=GEN, block_size=BLOCK)),
+    ),
+}
+
+
+@pytest.fixture(scope="session")
+def teacher(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "teacher"
+    tiny_checkpoint().save(folder)
+    return folder
+
+
+def read_rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+# ---- token ids in and out ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case_id", GOLDEN_DECODES)
+def test_golden_folders_with_token_ids_in_and_out(case_id, tmp_path):
+    """Five prompts of mixed lengths in batches of two, the last one filled up, against one batch with more padding."""
+    case, (flags, (decode, config)) = load_case(case_id), GOLDEN_DECODES[case_id]
+    golden = case.arrays["prompt"][0].tolist()
+    prompts = [golden[:4], golden, golden[5:], [7], golden[2:9]]
+    source, output = write_rows(tmp_path / "in.jsonl", [{"prompt_ids": ids} for ids in prompts]), tmp_path / "out.jsonl"
+    shape = f"--gen_length={GEN} --block_size={BLOCK} --batch_size=2"
+    files = [f"--model={case.model}", f"--input={source}", f"--output={output}"]
+    assert main(["generate", *files, *flags.split(), *shape.split()]) == 0
+    found = read_rows(output)
+    assert [row["prompt_ids"] for row in found] == prompts
+
+    width = len(golden) + 3
+    padded = np.array([ids + [501] * (width - len(ids)) for ids in prompts], np.int32)
+    lengths = np.array([len(ids) for ids in prompts], np.int32)
+    expected = jax.device_get(decode(Checkpoint.load(case.model).model, padded, lengths, config))
+    np.testing.assert_array_equal([row["tokens"] for row in found], expected.tokens)
+    assert [row["length"] for row in found] == expected.lengths.tolist()
+    assert [row["forwards"] for row in found] == expected.forwards.tolist()
+    assert all(row.keys() == {"prompt_ids", "tokens", "length", "forwards"} for row in found), "no text to show"
+
+    # And the second row is the golden decode itself, up to its first EOS.
+    length = found[1]["length"]
+    assert found[1]["tokens"][:length] == case.arrays["output_ids"][0, len(golden) :][:length].tolist()
+
+
+def test_samples_do_not_depend_on_the_batch():
+    """A sample belongs to its place in the list of requests and to the seed."""
+    checkpoint = Checkpoint.load(GOLDEN / "dream" / "model")
+    requests = [Request([3, 4, 5]), Request([6]), Request([3, 4, 5])]
+    options = Options(decoder="cdlm", gen_length=16, block_size=8, temperature=0.8, seed=5)
+
+    def tokens(options, batch_size):
+        return [answer.tokens.tolist() for answer in generate.answers(checkpoint, requests, options, batch_size)]
+
+    alone = tokens(options, 1)
+    assert alone == tokens(options, 3)
+    assert alone[0] != alone[2]
+    assert alone != tokens(dataclasses.replace(options, seed=6), 1)
+
+
+# ---- options -------------------------------------------------------------------------------------------------------
+
+
+def test_the_folder_says_how_it_is_decoded():
+    student = Options(threshold=0.7, gen_length=64).resolve(tiny_checkpoint(role="student").metadata)
+    assert student == Options(decoder="cdlm", gen_length=64, block_size=BLOCK_SIZE, threshold=0.7)
+    assert Options().resolve(tiny_checkpoint().metadata).decoder == "naive"
+    assert Options().resolve({}) == Options(decoder="naive", gen_length=256, block_size=32)
+
+
+# ---- tasks and their scores ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def expert(monkeypatch):
+    """Puts a decoder in place of the teacher's that solves a chain if its value is even and else says its prompt."""
+    tokenizer = tiny_checkpoint().tokenizer
+
+    def generate_(model, prompts, lengths, config, key):
+        rows = []
+        for row, length in zip(np.asarray(prompts), np.asarray(lengths), strict=True):
+            problem = tasks.get("chain").from_prompt(tokenizer.decode(row[:length]))
+            ids = tokenizer.encode(problem.answer if even(problem) else problem.prompt)
+            rows.append(ids + [model.config.eos_token_id] * (config.gen_length - len(ids)))
+        tokens = jnp.asarray(rows)
+        at = jnp.broadcast_to(jnp.arange(config.gen_length), tokens.shape)
+        return DecodeResult(tokens, response_lengths(tokens, model.config.eos_token_id), at[:, -1] + 1, at)
+
+    monkeypatch.setattr(naive, "generate", generate_)
+
+
+def even(problem: tasks.Problem) -> bool:
+    return int(problem.answer[-1]) % 2 == 0
+
+
+def test_task_mode_scores(teacher, tmp_path, expert, capsys):
+    problems = [tasks.get("chain").problem("heldout", index) for index in range(7)]
+    expected = [even(problem) for problem in problems]
+    assert 0 < sum(expected) < 7
+    task = [f"--model={teacher}", "--task=chain", "--num=7", "--batch_size=3"]
+
+    assert main(["generate", *task, f"--output={tmp_path / 'out.jsonl'}"]) == 0
+    found = read_rows(tmp_path / "out.jsonl")
+    assert [row["prompt"] for row in found] == [problem.prompt for problem in problems]
+    assert [row["correct"] for row in found] == expected
+    assert [row["response"] for row in found] == [p.answer if even(p) else p.prompt for p in problems]
+    assert [row["length"] for row in found] == [len(row["response"]) for row in found]
+    assert "7 answers written to" in capsys.readouterr().out.replace("\n", " ")
+
+    assert main(["generate", *task]) == 0
+    printed = capsys.readouterr().out
+    assert (printed.count("  right\n"), printed.count("  wrong\n")) == (sum(expected), 7 - sum(expected))
+    assert all(f"{row['prompt']} {row['response']}\n" in printed for row in found)
+
+
+def test_evaluate_counts_like_generate(teacher, expert, capsys):
+    problems = [tasks.get("chain").problem("heldout", index) for index in range(7)]
+    lengths = [len(p.answer if even(p) else p.prompt) for p in problems]
+    assert main(["evaluate", f"--model={teacher}", "--task=chain", "--num=7", "--batch_size=3"]) == 0
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if "chain" in line]
+    cells = [cell.strip() for cell in row.split("│")[1:-1]]
+    accuracy = 100 * sum(map(even, problems)) / 7
+    tokens_per_forward = sum(lengths) / (7 * GEN_LENGTH)
+    assert cells == ["chain", "7", f"{accuracy:.1f} %", f"{GEN_LENGTH:.2f}", f"{tokens_per_forward:.2f}"]
+
+
+def test_evaluate_reads_real_data(tmp_path, expert, monkeypatch):
+    """Files of another task than the model was trained on are scored by that task."""
+    row = {"input": "15,44,79,50", "output": "44-15=29,79-29=50"}
+    path = write_rows(tmp_path / "countdown.jsonl", [row, row])
+    groups = generate.problem_groups([], 1, [path])
+    assert list(groups) == ["countdown.jsonl"]
+    (name, problem), _ = groups["countdown.jsonl"]
+    assert (name, problem.prompt, problem.answer) == ("countdown3", "15,44,79>50", row["output"])
+
+
+# ---- text ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def chat_folder(tmp_path_factory):
+    checkpoint = tiny_checkpoint()
+    template = "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}={% endif %}"
+    tokenizer = dataclasses.replace(checkpoint.tokenizer, chat_template=template)
+    folder = tmp_path_factory.mktemp("models") / "chat"
+    dataclasses.replace(checkpoint, tokenizer=tokenizer).save(folder)
+    return folder
+
+
+@pytest.mark.parametrize("flag, sent", [("--chat", "1+1="), ("--nochat", "1+1")])
+def test_chat_template(chat_folder, tmp_path, flag, sent):
+    source, output = write_rows(tmp_path / "in.jsonl", [{"prompt": "1+1"}]), tmp_path / "out.jsonl"
+    files = [f"--model={chat_folder}", f"--input={source}", f"--output={output}"]
+    assert main(["generate", *files, flag, "--decoder=cdlm"]) == 0
+    (row,) = read_rows(output)
+    assert row["prompt"] == "1+1", "the record shows what the user wrote"
+    assert row["prompt_ids"] == tiny_checkpoint().tokenizer.encode(sent)
+
+
+def test_tasks_never_use_the_chat_template(chat_folder):
+    (request,) = generate.task_requests(Checkpoint.load(chat_folder).tokenizer, "chain", 1)
+    assert request.ids == tiny_checkpoint().tokenizer.encode(request.problem[1].prompt)
+
+
+def test_lines_end_at_line_feeds_only(tmp_path):
+    """JSON may hold other characters that Python counts as line ends (U+2028, U+0085 ...) as they are."""
+    text = "a\u2028b\x85c"
+    path = tmp_path / "in.jsonl"
+    path.write_text(json.dumps({"prompt": text}, ensure_ascii=False) + "\r\n\n" + '{"prompt_ids": [0]}', "utf-8")
+    first, second = generate.file_requests(Tokenizer.characters("abc\u2028\x85"), path, chat=True)
+    assert (first.text, first.ids, second.ids) == (text, [0, 3, 1, 4, 2], [0])
+
+
+def test_show_steps_prints_a_line_per_forward_where_there_is_no_terminal(teacher, capsys):
+    assert main(["generate", f"--model={teacher}", "--prompt=1+1=", "--show_steps", "--steps=6"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"naive, block size {BLOCK_SIZE}  1+1="
+    assert [line[: len("forward 1")] for line in lines[1:]] == [f"forward {i}" for i in range(1, 7)]
+    assert lines[1].count("▒") == GEN_LENGTH - 8 and lines[-1].count("▒") == 0
+
+
+def test_show_steps_without_a_tokenizer_shows_ids():
+    checkpoint = Checkpoint.load(GOLDEN / "llada" / "model")
+    answer = generate.Answer(
+        Request([3, 4]), np.array([9, 17, 501, 501]), np.array([0, 1, 1, 0]), length=2, forwards=2, text=None, correct=None
+    )
+    out = io.StringIO()
+    generate.show_steps(checkpoint, answer, Options(decoder="cdlm", block_size=2), Console(file=out, width=80))
+    lines = out.getvalue().splitlines()
+    assert lines[0] == "cdlm, block size 2  3 4"
+    assert lines[-1].split()[2:4] == ["9", "17"]
+
+
+def test_an_output_that_fails_leaves_no_trace(tmp_path):
+    """The file appears whole, or not at all."""
+    answer = generate.Answer(Request([1]), np.array([2]), np.array([0]), length=1, forwards=1, text=None, correct=None)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(InputError, match="folder"):
+        generate.write_answers(tmp_path / "folder", [answer])
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+    (tmp_path / "out.jsonl").write_text("old")
+    generate.write_answers(tmp_path / "out.jsonl", [answer, answer])
+    assert read_rows(tmp_path / "out.jsonl") == [{"prompt_ids": [1], "tokens": [2], "length": 1, "forwards": 1}] * 2
