@@ -78,9 +78,10 @@ def _parse(command: str, define: Callable[[flags.FlagValues], None], arguments: 
     return values
 
 
-def _config_flags(default: str) -> Callable[[flags.FlagValues], None]:
+def _config_flags(name: str, variant: str = "full") -> Callable[[flags.FlagValues], None]:
     def define(values: flags.FlagValues) -> None:
-        config_flags.DEFINE_config_file("config", _config_path(default), "Recipe to run.", flag_values=values)
+        path = f"{_config_path(name)}:{variant}"
+        config_flags.DEFINE_config_file("config", path, "Recipe to run.", flag_values=values)
 
     return define
 
@@ -93,7 +94,7 @@ def _config_path(name: str) -> str:
 
 
 def _quickstart_flags(values: flags.FlagValues) -> None:
-    _config_flags("quickstart.py")(values)
+    _config_flags("tiny.py", "quick")(values)
     flags.DEFINE_bool("from_scratch", False, "Train the teacher too.", flag_values=values)
 
 

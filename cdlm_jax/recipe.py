@@ -46,8 +46,8 @@ class ModelShape:
 class Recipe:
     """Everything a run depends on, read from a config file (`configs/`). Stages write under the folder `work`.
 
-    tasks: weights of the problem mixture; teacher: a model folder, or `shipped`; heldout_per_task: problems of the
-    periodic evaluation.
+    tasks: weights of the problem mixture; teacher: a model folder, or `shipped`; init: the model folder that
+    pre-training starts from, empty for random weights; heldout_per_task: problems of each evaluation.
     """
 
     work: str
@@ -57,6 +57,7 @@ class Recipe:
     gen_length: int
     block_size: int
     teacher: str = "shipped"
+    init: str = ""
     heldout_per_task: int = 128
     model: ModelShape
     pretrain: pretraining.PretrainConfig
@@ -69,9 +70,9 @@ class Recipe:
 
     def settings(self, *sections: str) -> dict:
         """What a checkpoint of a stage must agree on to be continued: the shared fields and the named sections."""
-        shared = ("seed", "tasks", "prompt_length", "gen_length", "block_size", "teacher")
+        names = ("seed", "tasks", "prompt_length", "gen_length", "block_size", *sections)
         values = dataclasses.asdict(self)
-        return {name: values[name] for name in shared + sections}
+        return {name: values[name] for name in names}
 
     def problems(self, split: str, length: int, *, stream: int) -> ProblemMixture:
         """Problems of the recipe's mixture; different streams of one recipe draw different problems."""
@@ -83,21 +84,11 @@ class Recipe:
 
 
 def pretrain(recipe: Recipe) -> Checkpoint:
-    """Train a bidirectional teacher on the mixture from random weights; writes `work/teacher`."""
+    """Train a bidirectional teacher on the mixture; writes `work/teacher`."""
     config = recipe.pretrain
-    tokenizer = Tokenizer.characters(tasks.CHARACTERS)
-    eos, mask = tokenizer.token_to_id("<eos>"), tokenizer.token_to_id("<mask>")
-    model_config = ModelConfig(
-        vocab_size=tokenizer.vocab_size,
-        mask_token_id=mask,
-        eos_token_id=eos,
-        pad_token_id=eos,
-        max_length=recipe.prompt_length + recipe.gen_length,
-        **dataclasses.asdict(recipe.model),
-    )
-    encoder = Encoder(tokenizer, model_config, recipe.prompt_length, recipe.gen_length)
-    model = Transformer(model_config, rngs=nnx.Rngs(recipe.seed))
-    graphdef, trainable, rest = nnx.split(model, nnx.Param, ...)
+    start = Checkpoint.load(recipe.init) if recipe.init else untrained(recipe)
+    encoder = start.encoder(recipe.prompt_length, recipe.gen_length)
+    graphdef, trainable, rest = nnx.split(start.model, nnx.Param, ...)
     optimizer = make_optimizer(config.optimizer, config.steps)
     loss_fn = pretraining.make_loss(graphdef, config.noise, config.steps)
     mixture = recipe.problems("train", config.steps * config.batch_size, stream=0)
@@ -108,13 +99,28 @@ def pretrain(recipe: Recipe) -> Checkpoint:
         problem_batches(mixture, encoder, config.batch_size),
         config,
         folder=recipe.folder / "pretrain",
-        settings=recipe.settings("model", "pretrain"),
+        settings=recipe.settings("model", "init", "pretrain"),
         label="teacher",
         evaluate=_heldout(recipe, encoder, partial(_merged, graphdef, rest), teacher_decoder(recipe)),
     )
-    teacher = Checkpoint(_merged(graphdef, rest, state), tokenizer, recipe.metadata("teacher"))
+    teacher = Checkpoint(_merged(graphdef, rest, state), start.tokenizer, recipe.metadata("teacher"))
     teacher.save(recipe.folder / "teacher")
     return teacher
+
+
+def untrained(recipe: Recipe) -> Checkpoint:
+    """A character model of the recipe's shape with random weights."""
+    tokenizer = Tokenizer.characters(tasks.CHARACTERS)
+    eos = tokenizer.token_to_id("<eos>")
+    config = ModelConfig(
+        vocab_size=tokenizer.vocab_size,
+        mask_token_id=tokenizer.token_to_id("<mask>"),
+        eos_token_id=eos,
+        pad_token_id=eos,
+        max_length=recipe.prompt_length + recipe.gen_length,
+        **dataclasses.asdict(recipe.model),
+    )
+    return Checkpoint(Transformer(config, rngs=nnx.Rngs(recipe.seed)), tokenizer, recipe.metadata("teacher"))
 
 
 def collect(recipe: Recipe) -> None:
@@ -159,7 +165,7 @@ def distill(recipe: Recipe) -> Checkpoint:
         distillation.trajectory_batches(trajectories, config.batch_size, recipe.seed),
         config,
         folder=recipe.folder / "distill",
-        settings=recipe.settings("distill"),
+        settings=recipe.settings("distill") | {"teacher": trajectories.metadata.model_fingerprint},
         label="student",
         evaluate=_heldout(recipe, encoder, partial(_merged, graphdef, frozen.student), student_decoder(recipe)),
     )

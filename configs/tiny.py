@@ -3,7 +3,7 @@
 from ml_collections import ConfigDict
 
 
-def get_config() -> ConfigDict:
+def get_config(variant: str = "full") -> ConfigDict:
     config = ConfigDict()
     config.work = "runs/tiny"
     config.seed = 0
@@ -19,6 +19,7 @@ def get_config() -> ConfigDict:
     config.gen_length = 48
     config.block_size = 16
     config.teacher = "shipped"
+    config.init = ""
     config.heldout_per_task = 128
     config.model = {
         "hidden_size": 128,
@@ -34,7 +35,7 @@ def get_config() -> ConfigDict:
         "batch_size": 64,
         "ema_decay": 0.995,
         "checkpoint_every": 500,
-        "evaluate_every": 1000,
+        "evaluate_every": 0,
         "log_every": 20,
         "optimizer": {
             "name": "muon",
@@ -67,4 +68,19 @@ def get_config() -> ConfigDict:
             "weight_decay": 0.0,
         },
     }
+    if variant == "finish":
+        config.work = "runs/tiny/finish"
+        config.init = "runs/tiny/teacher"
+        config.tasks.update(chain=1.5, sudoku4=0.7, sort=2.5, countdown3=1.8, spell_backward=0.3, chain_sum=1.6)
+        config.pretrain.update(steps=3200)
+        config.pretrain.optimizer.learning_rate = 6e-3
+        config.pretrain.noise.first_t_max = 1.0
+    elif variant == "quick":
+        config.work = "runs/quickstart"
+        config.tasks = {"chain": 2.0, "sudoku4": 1.0, "sort": 1.0}
+        config.heldout_per_task = 64
+        config.collect.update(num_prompts=640, shard_size=256)
+        config.distill.update(steps=150, batch_size=48, checkpoint_every=50)
+    elif variant != "full":
+        raise ValueError(f"configs/tiny.py:{variant} is unknown, allowed: full, finish, quick")
     return config

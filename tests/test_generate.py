@@ -230,7 +230,13 @@ def test_show_steps_prints_a_line_per_forward_where_there_is_no_terminal(teacher
 def test_show_steps_without_a_tokenizer_shows_ids():
     checkpoint = Checkpoint.load(GOLDEN / "llada" / "model")
     answer = generate.Answer(
-        Request([3, 4]), np.array([9, 17, 501, 501]), np.array([0, 1, 1, 0]), length=2, forwards=2, text=None, correct=None
+        Request([3, 4]),
+        np.array([9, 17, 501, 501]),
+        np.array([0, 1, 1, 0]),
+        length=2,
+        forwards=2,
+        text=None,
+        correct=None,
     )
     out = io.StringIO()
     generate.show_steps(checkpoint, answer, Options(decoder="cdlm", block_size=2), Console(file=out, width=80))

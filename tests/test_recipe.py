@@ -1,10 +1,10 @@
 """The recipe end to end on a minute model: stages, continuation, and processes killed at random moments."""
 
-import collections
 import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -61,7 +61,9 @@ SETTINGS = {
 
 def write_config(path: Path, settings: dict) -> Path:
     """A config file as a user would write it."""
-    path.write_text(f"from ml_collections import ConfigDict\n\n\ndef get_config():\n    return ConfigDict({settings!r})\n")
+    path.write_text(
+        f"from ml_collections import ConfigDict\n\n\ndef get_config():\n    return ConfigDict({settings!r})\n"
+    )
     return path
 
 
@@ -234,62 +236,105 @@ def test_quickstart(tmp_path):
         assert result["name"] in (folder / "results.md").read_text()
     assert summary["results"][0]["forwards"] == GEN_LENGTH
     assert all((folder / name).read_bytes().startswith(b"\x89PNG") for name in ("accuracy.png", "order.png"))
-    assert printed.count("\nforward ") == summary["results"][6]["forwards"] or "forward" in printed
+    assert "\nforward " in printed
     assert f"cdlm generate --model={tmp_path / 'run' / 'student'}" in printed.replace("\n", "")
 
 
-# A life of a process that is going to be killed ends at one of these moments.
-#   start: some time after its launch, most of it before any work
-#   work: some time after a number of changes under its work folder (files appear, grow, get their final names)
-#   end: right when the last product appears, half-written
-KILLS = 20
+# A process that is going to be killed dies at one of these moments:
+#   start: some time before it changes anything
+#   work: some time after a few changes under its work folder (files appear, grow, get their final names)
+#   end: as soon as its last product appears under any name
+KILLS = {"start": 4, "work": 13, "end": 3}
 LAST_PRODUCT = {"collect": "dataset_info.json", "distill": "student"}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", ["collect", "distill"])
-def test_killed_at_random_moments(command, tmp_path, capsys):
+def test_killed_at_random_moments(command, tmp_path):
     """Whatever the moments, the run that ends at last leaves the same files as one that was never killed."""
     tiny_checkpoint().save(tmp_path / "teacher")
-    collect = {**SETTINGS["collect"], "num_prompts": 60, "shard_size": 5}
-    distill = {**SETTINGS["distill"], "steps": 24}
-    config = write_config(tmp_path / "config.py", {**SETTINGS, "collect": collect, "distill": distill})
-    cache = {
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"),
+    sizes = {
+        "collect": {**SETTINGS["collect"], "num_prompts": 60, "shard_size": 5},
+        "distill": {**SETTINGS["distill"], "steps": 24},
+    }
+    config = write_config(tmp_path / "config.py", {**SETTINGS, **sizes})
+    compiled = {
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
 
-    def launch(command: str, work: str, **more) -> subprocess.Popen:
-        arguments = [sys.executable, "-m", "cdlm_jax", command, f"--config={config}", f"--config.work={work}"]
-        with (tmp_path / f"{work}.log").open("ab") as log:
-            return subprocess.Popen(
-                arguments, cwd=tmp_path, env=os.environ | cache | more, stdout=log, stderr=subprocess.STDOUT
+    def live(command: str, work: str, ends) -> bool:
+        """Run the command, until ends(seconds, changes, names) says to kill it. Whether it was killed."""
+        names = lambda: sorted(str(path) for path in (tmp_path / work).rglob("*"))  # noqa: E731
+        line = [sys.executable, "-m", "cdlm_jax", command, f"--config={config}", f"--config.work={work}"]
+        with (tmp_path / "log").open("wb") as log:
+            process = subprocess.Popen(
+                line, cwd=tmp_path, env=os.environ | compiled, stdout=log, stderr=subprocess.STDOUT
             )
-
-    def listing(work: str) -> tuple[str, ...]:
-        return tuple(sorted(str(path) for path in (tmp_path / work).rglob("*")))
-
-    def wait(process: subprocess.Popen, work: str, done) -> bool:
-        """Until done(changes seen, names) is true; False if the process ended first."""
-        seen, changes = listing(work), 0
+        begin, before, changes = time.monotonic(), names(), 0
         while process.poll() is None:
-            now = listing(work)
-            changes += now != seen
-            seen = now
-            if done(changes, now):
-                return True
-            time.sleep(0.001)
-        return False
+            now = names()
+            changes += now != before
+            before = now
+            if ends(time.monotonic() - begin, changes, now):
+                process.kill()
+            else:
+                time.sleep(0.001)
+        assert process.returncode in (0, -signal.SIGKILL), (tmp_path / "log").read_text()
+        return process.returncode != 0
 
-    begin, changes_in_all = time.monotonic(), 0
-    for stage in ("collect", "distill")[: 1 + (command == "distill")]:
-        process = launch(stage, "calm")
-        assert not wait(process, "calm", lambda changes, names: changes_in_all.__class__ is None), "never"
-        assert process.returncode == 0, (tmp_path / "calm.log").read_text()
-    expected = contents(tmp_path / "calm")
+    # The run that is never killed; it also shows how long the start takes, and how much there is to see.
+    seen = {}
 
+    def watch(seconds, changes, names):
+        seen.setdefault(changes, seconds)
+
+    if command == "distill":
+        live("collect", "calm", watch)
+        seen.clear()
+    live(command, "calm", watch)
+    start, changes_in_all = seen[1], max(seen)
+    calm = tmp_path / "calm"
     rng = random.Random(2511)
-    moments = collections.Counter()
-    runs = 0
-    raise NotImplementedError(begin, expected, rng, moments, runs)
+
+    def moment(kind: str):
+        enough = rng.randint(1, max(1, changes_in_all // 8))
+        delay = rng.uniform(0, {"start": start, "work": 0.05, "end": 0.005}[kind])
+
+        def ends(seconds, changes, names):
+            if kind == "start":
+                return seconds > delay
+            if changes < enough if kind == "work" else not any(LAST_PRODUCT[command] in name for name in names):
+                return False
+            time.sleep(delay)
+            return True
+
+        return ends
+
+    def fresh() -> str:
+        work = tmp_path / f"work{len(list(tmp_path.glob('work*')))}"
+        work.mkdir()
+        if command == "distill":
+            shutil.copytree(calm / "trajectories", work / "trajectories")
+        return work.name
+
+    def check(work: Path) -> None:
+        assert {path.name for path in work.iterdir()} == {path.name for path in calm.iterdir()}
+        assert contents(work / "trajectories") == contents(calm / "trajectories")
+        if command == "collect":
+            assert [int(record["prompt_id"]) for record in read(work / "trajectories")] == [*range(60)] * 2
+        else:
+            assert contents(work / "student") == contents(calm / "student")
+            assert [row["step"] for row in metrics(work / "distill")] == [*range(1, 25)]
+
+    work, kinds, finished = fresh(), rng.sample(list(KILLS), counts=KILLS.values(), k=sum(KILLS.values())), 0
+    while kinds:
+        if live(command, work, moment(kinds[-1])):
+            kinds.pop()
+        else:  # it was faster: a new run takes what is left of the kills
+            check(tmp_path / work)
+            work, finished = fresh(), finished + 1
+    assert not live(command, work, lambda *_: False)
+    check(tmp_path / work)
+    print(f"{command}: {KILLS} kills, {finished + 1} finished runs, start {start:.1f} s, {changes_in_all} changes")

@@ -1,0 +1,137 @@
+"""Texts as token rows, the mixture of tasks, and batches whose place in the data can be saved."""
+
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cdlm_jax import tasks
+from cdlm_jax.config import InputError, ModelConfig
+from cdlm_jax.data import Encoder, ProblemMixture, problem_batches
+from cdlm_jax.tokenizers import Tokenizer
+
+TOKENIZER = Tokenizer.characters(tasks.CHARACTERS)
+EOS, MASK = TOKENIZER.token_to_id("<eos>"), TOKENIZER.token_to_id("<mask>")
+MODEL = ModelConfig(
+    vocab_size=TOKENIZER.vocab_size,
+    hidden_size=16,
+    num_layers=1,
+    num_heads=2,
+    num_kv_heads=2,
+    mlp_size=16,
+    rope_theta=100.0,
+    norm_eps=1e-5,
+    mask_token_id=MASK,
+    eos_token_id=EOS,
+    pad_token_id=EOS,
+    max_length=40,
+)
+ENCODER = Encoder(TOKENIZER, MODEL, 23, 8)
+MIXTURE = ProblemMixture({"sort": 3.0, "chain": 1.0}, "train", 30, seed=5)
+
+texts = st.text(tasks.CHARACTERS, max_size=30)
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(texts)
+def test_prompts_are_right_padded(text):
+    ids = TOKENIZER.encode(text)
+    if not 1 <= len(ids) <= 23:
+        with pytest.raises(InputError, match=f"has {len(ids)} tokens, allowed: 1 to 23"):
+            ENCODER.prompt(text)
+        return
+    row, length = ENCODER.prompt(text)
+    assert (row.shape, row.dtype, length.dtype, length) == ((23,), np.int32, np.int32, len(ids))
+    assert row.tolist() == ids + [EOS] * (23 - len(ids))
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(texts)
+def test_answers_are_cut_or_padded_and_read_back(text):
+    row = ENCODER.answer(text)
+    assert (row.shape, row.dtype) == ((8,), np.int32)
+    assert row.tolist() == (TOKENIZER.encode(text) + [EOS] * 8)[:8]
+    assert ENCODER.response(row) == text[:8]
+
+
+def test_a_response_ends_at_its_first_eos():
+    one, two = TOKENIZER.encode("12")
+    assert ENCODER.response(np.array([one, EOS, two, EOS])) == "1"
+    assert ENCODER.response(np.array([EOS, one])) == ""
+
+
+def test_prompts_are_stacked():
+    rows, lengths = ENCODER.prompts(["3,1<", "2,2,1<"])
+    assert rows.shape == (2, 23) and lengths.tolist() == [4, 6]
+    np.testing.assert_array_equal(rows[1], ENCODER.prompt("2,2,1<")[0])
+
+
+def test_problems_depend_on_seed_and_index_only():
+    drawn = [MIXTURE[i] for i in range(30)]
+    assert drawn == [MIXTURE[i] for i in np.arange(30)] == [ProblemMixture(**vars(MIXTURE))[i] for i in range(30)]
+    assert len(MIXTURE) == 30 and len(set(drawn)) > 25
+    other = ProblemMixture({"sort": 3.0, "chain": 1.0}, "train", 30, seed=6)
+    assert sum(a == other[i] for i, a in enumerate(drawn)) < 3
+
+
+def test_tasks_are_drawn_by_weight():
+    names = Counter(MIXTURE[i][0] for i in range(2000))
+    assert names.keys() == {"sort", "chain"}
+    assert abs(names["sort"] / 2000 - 0.75) < 4 * (0.75 * 0.25 / 2000) ** 0.5
+    only = ProblemMixture({"sort": 0.0, "chain": 0.1}, "train", 30, seed=5)
+    assert {only[i][0] for i in range(50)} == {"chain"}
+
+
+@pytest.mark.parametrize("split", tasks.SPLITS)
+def test_problems_stay_in_their_split(split):
+    mixture = ProblemMixture({"sort": 1.0, "chain": 1.0}, split, 100, seed=0)
+    for index in range(100):
+        name, problem = mixture[index]
+        assert tasks.split_of(tasks.get(name), problem) == split
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ({}, "task weights must be non-negative and not all zero"),
+        ({"sort": 0.0}, "task weights must be non-negative and not all zero"),
+        ({"sort": 1.0, "chain": -0.5}, "task weights must be non-negative and not all zero"),
+        ({"sort": float("nan")}, "task weights must be non-negative and not all zero"),
+        ({"sorting": 1.0}, "unknown task 'sorting'; tasks are "),
+    ],
+)
+def test_unusable_mixtures_are_refused(weights, message):
+    with pytest.raises(InputError, match=message):
+        ProblemMixture(weights, "train", 10, seed=0)
+
+
+def assert_same_batches(got, expected):
+    for a, b in zip(got, expected, strict=True):
+        assert a.keys() == b.keys()
+        for name in a:
+            np.testing.assert_array_equal(a[name], b[name])
+
+
+def test_batches_hold_the_mixture_in_order():
+    batches = list(problem_batches(MIXTURE, ENCODER, 4))
+    assert len(batches) == 30 // 4  # the last two problems fill no batch
+    for place, batch in enumerate(batches):
+        problems = [MIXTURE[i][1] for i in range(4 * place, 4 * place + 4)]
+        prompts, lengths = ENCODER.prompts([problem.prompt for problem in problems])
+        answers = np.stack([ENCODER.answer(problem.answer) for problem in problems])
+        assert_same_batches([batch], [{"prompt": prompts, "prompt_length": lengths, "answer": answers}])
+
+
+def test_batches_continue_from_a_saved_place():
+    iterator = iter(problem_batches(MIXTURE, ENCODER, 4))
+    for _ in range(3):
+        next(iterator)
+    place = json.loads(json.dumps(iterator.get_state()))
+    rest = list(iterator)
+    continued = iter(problem_batches(MIXTURE, ENCODER, 4))
+    continued.set_state(place)
+    assert len(rest) == 4
+    assert_same_batches(list(continued), rest)

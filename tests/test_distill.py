@@ -1,0 +1,389 @@
+"""The distillation step: every term and its gradient against a float64 twin of plain parts, what is trained, data order.
+
+The twin shares nothing with the package but the order of its random draws: its forward is NumPy on rows without
+padding, its states are Python lists, its softmax is dense.
+"""
+
+import json
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from test_collect import BLOCK as STORE_BLOCK
+from test_collect import LENGTH as STORE_LENGTH
+from test_collect import MODEL as STORE_TEACHER
+from test_collect import fill
+from test_store import METADATA, make_record, write_missing
+from test_teacher import (
+    ALIGNMENTS,
+    CONFIG,
+    LENGTH,
+    ROWS,
+    plain_masked_denoising,
+    plain_response_hidden,
+    random_model,
+    random_prompts,
+    wide,
+)
+from test_vocab import largest_array, log_softmax
+
+from cdlm_jax.config import InputError
+from cdlm_jax.kernels.vocab import linear_kl
+from cdlm_jax.models import lora
+from cdlm_jax.training import distill, losses
+from cdlm_jax.training.distill import DistillConfig, make_loss, make_student, trajectory_batches
+from cdlm_jax.training.losses import LossWeights
+from cdlm_jax.training.optimizer import OptimizerConfig, make_optimizer
+from cdlm_jax.training.step import TrainState, make_train_step
+from cdlm_jax.trajectories.collect import CollectConfig
+from cdlm_jax.trajectories.states import state_at
+from cdlm_jax.trajectories.store import Store, read
+
+BLOCK = 4
+FIELDS = {"prompt", "prompt_length", "tokens", "order", "hidden", "answer"}
+
+
+def config_of(**changes):
+    weights = LossWeights(distill=1.0, consistency=0.5, dlm=0.3)
+    return DistillConfig(**{"steps": 30, "batch_size": ROWS, "weights": weights, "lora_rank": 0} | changes)
+
+
+def random_batch(seed=0):
+    rng = np.random.default_rng(seed)
+    ids = partial(rng.integers, 2, CONFIG.vocab_size, (ROWS, LENGTH), dtype=np.int32)
+    starts = range(0, LENGTH, BLOCK)
+    order = [np.concatenate([start + rng.permutation(BLOCK) for start in starts]) for _ in range(ROWS)]
+    hidden = rng.normal(size=(ROWS, LENGTH, CONFIG.hidden_size)).astype(ml_dtypes.bfloat16)
+    return random_prompts(rng) | {
+        "tokens": ids(),
+        "order": np.stack(order).astype(np.int32),
+        "hidden": hidden,
+        "answer": ids(),
+    }
+
+
+def moved(trainable, by=0.2, seed=5):
+    """As if it had been trained: no leaf is the teacher's any more, and adapters add something."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda leaf: leaf + rng.normal(0, by, leaf.shape).astype(np.float32), trainable)
+
+
+# ---- the twin ------------------------------------------------------------------------------------------------------
+
+
+def draw_state(key):
+    """(step, the later step of `same_block`) of one row."""
+    step_key, later_key = jax.random.split(key)
+    step = int(jax.random.randint(step_key, (), 0, LENGTH))
+    end = BLOCK * (step // BLOCK + 1)
+    return step, int(jax.random.randint(later_key, (), step + 1, end + 1)), end
+
+
+def draw_noise(key):
+    t_key, mask_key = jax.random.split(key)
+    t = max(1 - float(jax.random.uniform(t_key)), 1e-3)
+    return np.asarray(jax.random.uniform(mask_key, (LENGTH,))) < np.float32(t), t
+
+
+def divergence(log_p, log_q, positions):
+    """Mean over a set of positions of KL(p || q); an empty set counts as 0."""
+    return sum(np.sum(np.exp(log_p[i]) * (log_p[i] - log_q[i])) for i in positions) / max(len(positions), 1)
+
+
+def twin(student, at_target, teacher, batch, keys, config):
+    """(loss, metrics) of method.md section 3; `at_target` is the student that gives the consistency target."""
+    halves = [jax.random.split(key) for key in keys]
+    sums = dict.fromkeys(("distill", "consistency", "agreement"), 0.0)
+    for row, length in enumerate(batch["prompt_length"]):
+        prompt, final = batch["prompt"][row, :length].tolist(), batch["tokens"][row].tolist()
+        order = batch["order"][row].tolist()
+        step, later, end = draw_state(halves[row][0])
+        if config.consistency_scope == "later_blocks":
+            later = end
+        y, y_star = (
+            [token if at < k else CONFIG.mask_token_id for token, at in zip(final, order, strict=True)]
+            for k in (step, later)
+        )
+        newly = [i for i in range(LENGTH) if step <= order[i] < later]
+        remaining = [i for i in range(LENGTH) if order[i] >= later]
+        if config.consistency_scope == "same_block":
+            remaining = [i for i in remaining if order[i] < end]
+
+        hidden = plain_response_hidden(student, prompt, y, BLOCK)
+        log_q = log_softmax(hidden @ wide(student.head))
+        target = log_softmax(plain_response_hidden(at_target, prompt, y_star, BLOCK) @ wide(at_target.head))
+        if config.teacher == "online":
+            teacher_hidden = plain_response_hidden(teacher, prompt, y)
+        else:
+            teacher_hidden = wide(batch["hidden"][row])
+        log_p = log_softmax(teacher_hidden @ wide(teacher.head))
+        sums["distill"] += divergence(log_p, log_q, newly) / ROWS
+        sums["consistency"] += divergence(target, log_q, remaining) / ROWS
+        sums["agreement"] += np.mean([np.argmax(log_q[i]) == final[i] for i in newly]) / ROWS
+
+    masked, t = zip(*(draw_noise(half[1]) for half in halves), strict=True)
+    dlm = plain_masked_denoising(student, batch, np.stack(masked), t, BLOCK)
+    loss = 1.0 * sums["distill"] + 0.5 * sums["consistency"] + 0.3 * dlm
+    return loss, sums | {"dlm": dlm}
+
+
+@pytest.mark.parametrize(
+    ("alignment", "scope", "asked", "rank"),
+    [
+        ("same_position", "later_blocks", "offline", 0),
+        ("shifted", "later_blocks", "online", 3),
+        ("same_position", "same_block", "online", 0),
+        ("shifted", "same_block", "offline", 3),
+    ],
+)
+def test_loss_metrics_and_gradient_are_those_of_the_twin(alignment, scope, asked, rank):
+    config = config_of(consistency_scope=scope, teacher=asked, lora_rank=rank)
+    teacher, batch = random_model(alignment), random_batch()
+    graphdef, trainable, frozen = make_student(teacher, config, jax.random.key(1))
+    trainable = moved(trainable)
+    keys = jax.random.split(jax.random.key(8), ROWS)
+    steps = [draw_state(jax.random.split(key)[0])[0] // BLOCK for key in keys]
+    assert {*steps} == {0, 1}  # both blocks occur, and so does an empty S under `later_blocks`
+
+    loss_fn = jax.jit(jax.value_and_grad(make_loss(graphdef, config, BLOCK), has_aux=True))
+    (loss, metrics), gradient = loss_fn(trainable, frozen, batch, keys, 0)
+    exact = jax.tree.map(wide, trainable)
+    student = nnx.merge(graphdef, exact, frozen.student)
+    expected, parts = twin(student, student, teacher, batch, keys, config)
+    np.testing.assert_allclose(loss, expected, rtol=1e-4)
+    assert metrics.keys() == parts.keys()
+    for name, value in parts.items():
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-4, err_msg=name)
+    assert all(parts[name] > 0.01 for name in ("distill", "consistency", "dlm"))
+
+    # Its slope along a random direction, with the consistency target and the teacher held fast.
+    rng = np.random.default_rng(0)
+    direction = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape), exact)
+
+    def at(distance):
+        there = jax.tree.map(lambda leaf, way: leaf + distance * way, exact, direction)
+        return twin(nnx.merge(graphdef, there, frozen.student), student, teacher, batch, keys, config)[0]
+
+    products = jax.tree.map(lambda g, way: np.sum(wide(g) * way), gradient, direction)
+    slope = (at(1e-5) - at(-1e-5)) / 2e-5
+    np.testing.assert_allclose(sum(jax.tree.leaves(products)), slope, rtol=2e-4)
+
+
+# ---- teacher online and offline ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """16 greedy trajectories of a tiny `shifted` teacher."""
+    config = CollectConfig(num_prompts=16, temperatures=(0.0,), batch_size=16, shard_size=16)
+    return read(fill(tmp_path_factory.mktemp("distill") / "store", config=config).folder)
+
+
+def test_online_and_offline_agree_where_a_token_was_finalized(store, monkeypatch):
+    """At a greedy trajectory's own state k the online teacher sees what the collector saw when it took step k: the row
+    of the position finalized next is the stored one. The rows of the other positions were stored at later states."""
+    record = store[0]
+    batch = {name: np.tile(record[name], (STORE_LENGTH,) + (1,) * record[name].ndim) for name in FIELDS}
+    batch["prompt_length"] = batch["prompt_length"].reshape(-1)
+    seen = []
+
+    def states(tokens, order, keys, *, block_size, mask_token_id, scope):
+        return state_at(tokens, order, jnp.arange(STORE_LENGTH), block_size=block_size, mask_token_id=mask_token_id)
+
+    def spy(teacher_hidden, *args, **options):
+        seen.append(teacher_hidden)
+        return jnp.float32(0)
+
+    monkeypatch.setattr(distill, "sample_states", states)
+    monkeypatch.setattr(distill, "distillation_loss", spy)
+    keys = jax.random.split(jax.random.key(0), STORE_LENGTH)
+    for asked in ("online", "offline"):
+        graphdef, trainable, frozen = make_student(STORE_TEACHER, config_of(teacher=asked), jax.random.key(1))
+        make_loss(graphdef, config_of(teacher=asked), STORE_BLOCK)(trainable, frozen, batch, keys, 0)
+    online, offline = (np.asarray(hidden, np.float32) for hidden in seen)
+    next_one = record["order"] == np.arange(STORE_LENGTH)[:, None]
+    close = np.isclose(online, offline, rtol=2**-7, atol=1e-5).all(axis=-1)  # stored in bfloat16
+    assert next_one.sum() == STORE_LENGTH and close[next_one].all()
+    later = record["order"] > np.arange(STORE_LENGTH)[:, None]
+    assert close[later].mean() < 0.5
+
+
+# ---- training ------------------------------------------------------------------------------------------------------
+
+
+def train(store, config, steps):
+    """(teacher's leaves before, frozen, trainable before, state after, loss before and after on one set of draws)."""
+    graphdef, trainable, frozen = make_student(STORE_TEACHER, config, jax.random.key(1))
+    loss_fn = make_loss(graphdef, config, STORE_BLOCK)
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    step = make_train_step(loss_fn, optimizer, seed=0, ema_decay=config.ema_decay)
+    measured = next(iter(trajectory_batches(store, 16, seed=9)))
+    keys = jax.random.split(jax.random.key(3), 16)
+    measure = jax.jit(lambda trainable: loss_fn(trainable, frozen, measured, keys, 0))
+    start = jax.device_get((STORE_TEACHER, frozen, trainable))
+    before = measure(trainable)
+    state = TrainState.create(trainable, optimizer, ema=config.ema_decay > 0)
+    batches = iter(trajectory_batches(store, 16, seed=0))
+    for _ in range(steps):
+        state, _ = step(state, frozen, next(batches))
+    return start, frozen, state, before, measure(state.trainable)
+
+
+def assert_same(got, expected):
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("rank", "optimizer"),
+    [
+        (0, OptimizerConfig(name="muon", learning_rate=1e-2, weight_decay=0.0)),
+        (4, OptimizerConfig(name="adamw", learning_rate=1e-2)),
+    ],
+)
+def test_thirty_steps_lower_the_loss_and_spare_the_teacher(store, rank, optimizer):
+    config = config_of(batch_size=16, lora_rank=rank, optimizer=optimizer, ema_decay=0.9)
+    (teacher, before_frozen, trainable), frozen, state, before, after = train(store, config, 30)
+    assert after[0] < 0.8 * before[0]
+    assert after[1]["distill"] < 0.8 * before[1]["distill"]
+
+    assert_same(STORE_TEACHER, teacher)
+    assert_same(frozen, before_frozen)
+    assert_same(frozen.teacher_head, teacher.head)
+    for (path, was), now in zip(jax.tree.leaves_with_path(trainable), jax.tree.leaves(state.trainable), strict=True):
+        assert np.abs(now - was).max() > 1e-5, jax.tree_util.keystr(path)
+    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(trainable)]
+    if rank:
+        assert len(paths) == 2 * len(lora.TARGETS) and all("adapter" in path for path in paths)
+    else:
+        assert len(paths) == len(jax.tree.leaves(teacher)) and not jax.tree.leaves(frozen.student)
+
+
+@pytest.fixture(scope="module")
+def accumulated():
+    """accumulate -> the new parameters and the metrics of one plain gradient step."""
+    results = {}
+    for accumulate in (1, 2):
+        config = config_of(accumulate=accumulate)
+        graphdef, trainable, frozen = make_student(random_model("shifted"), config, jax.random.key(1))
+        loss_fn, optimizer = make_loss(graphdef, config, BLOCK), optax.sgd(0.1)
+        step = make_train_step(loss_fn, optimizer, seed=0, accumulate=accumulate)
+        state, metrics = step(TrainState.create(moved(trainable), optimizer, ema=False), frozen, random_batch())
+        results[accumulate] = jax.device_get((state.trainable, metrics))
+    return results
+
+
+def test_accumulation_gives_the_update_of_one_batch(accumulated):
+    (whole, metrics), (parts, others) = accumulated[1], accumulated[2]
+    for a, b, start in zip(*map(jax.tree.leaves, (whole, parts, moved(random_model("shifted")))), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+        assert np.abs(a - start).max() > 1e-4
+    assert metrics.keys() == others.keys() == {"loss", "distill", "consistency", "dlm", "agreement", "grad_norm"}
+    for name, value in metrics.items():
+        np.testing.assert_allclose(others[name], value, rtol=1e-5, err_msg=name)
+
+
+def test_no_logits_of_whole_responses(monkeypatch):
+    """With a vocabulary above the tile of 4096 no array of a train step has rows x L x V elements."""
+    vocab = 5000
+    teacher = random_model("same_position", vocab_size=vocab, num_layers=1)
+    config = config_of(teacher="online")
+    graphdef, trainable, frozen = make_student(teacher, config, jax.random.key(1))
+    optimizer = make_optimizer(OptimizerConfig(), 10)
+    state = TrainState.create(trainable, optimizer, ema=False)
+
+    def largest():
+        step = make_train_step(make_loss(graphdef, config, BLOCK), optimizer, seed=0)
+        return largest_array(step.lower(state, frozen, random_batch()).compile())
+
+    assert vocab * CONFIG.hidden_size < ROWS * LENGTH * vocab  # nor is one that large needed for the parameters
+    assert largest() < ROWS * LENGTH * vocab
+    monkeypatch.setattr(losses, "linear_kl", partial(linear_kl, tile=vocab))
+    assert largest() >= ROWS * LENGTH * vocab
+
+
+# ---- data ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def random_store(tmp_path_factory):
+    """22 records without meaning."""
+    store = Store.create_or_resume(tmp_path_factory.mktemp("random"), METADATA)
+    write_missing(store)
+    return read(store.folder)
+
+
+def take(iterator, count):
+    """The next batches, as the records' indices."""
+    names = {make_record(METADATA, i)["tokens"].tobytes(): i for i in range(METADATA.num_records)}
+    batches = [next(iterator) for _ in range(count)]
+    return [[names[tokens.tobytes()] for tokens in batch["tokens"]] for batch in batches]
+
+
+def test_batches_are_the_records_without_what_the_loss_does_not_read(random_store):
+    batch = next(iter(trajectory_batches(random_store, 4, seed=1)))
+    assert batch.keys() == FIELDS
+    for row, index in enumerate(take(iter(trajectory_batches(random_store, 4, seed=1)), 1)[0]):
+        record = make_record(METADATA, index)
+        for name in FIELDS:
+            assert batch[name].dtype == record[name].dtype
+            assert batch[name][row].tobytes() == record[name].tobytes()
+
+
+def test_every_epoch_is_another_permutation(random_store):
+    batches = take(iter(trajectory_batches(random_store, 11, seed=1)), 6)
+    epochs = [sum(batches[i : i + 2], []) for i in (0, 2, 4)]
+    assert all(sorted(epoch) == list(range(22)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+    assert take(iter(trajectory_batches(random_store, 11, seed=1)), 6) == batches
+    assert take(iter(trajectory_batches(random_store, 11, seed=2)), 2) != batches[:2]
+
+
+def test_batches_continue_from_a_saved_place(random_store):
+    batches = take(iter(trajectory_batches(random_store, 4, seed=1)), 14)  # over two ends of epochs, inside batches
+    for place in (0, 3, 6):
+        iterator = iter(trajectory_batches(random_store, 4, seed=1))
+        take(iterator, place)
+        saved = json.loads(json.dumps(iterator.get_state()))
+        continued = iter(trajectory_batches(random_store, 4, seed=1))
+        continued.set_state(saved)
+        assert take(continued, 14 - place) == batches[place:]
+
+
+def test_a_store_smaller_than_a_batch_is_refused(random_store):
+    with pytest.raises(InputError, match="batch_size 23 exceeds the 22 records of "):
+        trajectory_batches(random_store, 23, seed=1)
+
+
+# ---- settings ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"accumulate": 3}, "distill.batch_size 4 must be a positive multiple of accumulate 3"),
+        ({"batch_size": 0}, "distill.batch_size 0 must be a positive multiple of accumulate 1"),
+        ({"teacher": "live"}, "distill.teacher must be offline or online, got 'live'"),
+        ({"consistency_scope": "all"}, "distill.consistency_scope must be later_blocks or same_block, got 'all'"),
+        ({"lora_rank": -1}, r"distill.lora_rank must be 0 \(train everything\) or more, got -1"),
+        ({"ema_decay": 1.0}, r"distill.ema_decay must be in \[0, 1\), got 1.0"),
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+    ],
+)
+def test_unusable_settings_are_refused(changes, message):
+    with pytest.raises(InputError, match=message):
+        config_of(**changes)
+
+
+@pytest.mark.parametrize("asked", ["online", "offline"])
+def test_a_teacher_network_is_kept_only_where_it_is_asked(asked):
+    teacher = random_model(ALIGNMENTS[0])
+    frozen = make_student(teacher, config_of(teacher=asked), jax.random.key(1))[2]
+    assert (frozen.teacher is teacher) == (asked == "online")
+    assert (frozen.teacher is None) == (asked == "offline")
+    assert frozen.teacher_head.shape == (CONFIG.hidden_size, CONFIG.vocab_size)
