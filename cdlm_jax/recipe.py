@@ -69,9 +69,15 @@ class Recipe:
         return Path(self.work)
 
     def settings(self, *sections: str) -> dict:
-        """What a checkpoint of a stage must agree on to be continued: the shared fields and the named sections."""
+        """What a checkpoint of a stage must agree on to be continued: the shared fields and the named sections.
+
+        How often a run reports or saves may change under way.
+        """
         names = ("seed", "tasks", "prompt_length", "gen_length", "block_size", *sections)
         values = dataclasses.asdict(self)
+        for section in ("pretrain", "distill"):
+            for name in ("checkpoint_every", "evaluate_every", "log_every"):
+                del values[section][name]
         return {name: values[name] for name in names}
 
     def problems(self, split: str, length: int, *, stream: int) -> ProblemMixture:

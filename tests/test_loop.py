@@ -1,4 +1,4 @@
-"""The training loop and its checkpoints on a toy problem: continuation bit for bit, refusals, non-finite stops, metrics."""
+"""The training loop and its checkpoints on a toy problem: exact continuation, refusals, non-finite stops, metrics."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Masked-denoising pre-training: the mask ratios, the loss against a NumPy float64 twin, and a short run that learns."""
+"""Masked-denoising pre-training: mask ratios, the loss against a NumPy float64 twin, a short run that learns."""
 
 import dataclasses
 from functools import partial

@@ -51,9 +51,10 @@ def train(
 ) -> TrainState:
     """Runs until `config.steps`, continuing from the latest checkpoint under `folder` if there is one.
 
-    Metrics go to `folder/metrics.jsonl` (one JSON object per logged step) and to a progress bar. A continued run ends
-    in the same state as an uninterrupted one: the checkpoint holds the state and the data iterator's place, and a
-    step's randomness depends on its number only.
+    Metrics go to `folder/metrics.jsonl` (one JSON object per logged step, means over the steps since the last one; and
+    tokens_per_second, of responses) and to a progress bar. A continued run ends in the same state as an uninterrupted
+    one: the checkpoint holds the state and the data iterator's place, and a step's randomness depends on its number
+    only. Batches are dicts with an `answer` [rows, L].
     """
     folder.mkdir(parents=True, exist_ok=True)
     checkpoints = Checkpoints(folder / "checkpoints", settings)
@@ -61,17 +62,18 @@ def train(
     if (restored := checkpoints.restore(state)) is not None:
         state, iterator_state = restored
         iterator.set_state(iterator_state)
-    log = _MetricsLog(folder / "metrics.jsonl", config.log_every)
+    log = _MetricsLog(folder / "metrics.jsonl", config.log_every, int(state.step))
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     pending = None  # the metrics of the step before: read only after the next step is under way
     try:
         with Progress(*columns, TextColumn("{task.fields[status]}")) as progress:
             bar = progress.add_task(label, total=config.steps, completed=int(state.step), status="")
             for step in range(int(state.step), config.steps):
-                state, metrics = train_step(state, frozen, next(iterator))
+                batch = next(iterator)
+                state, metrics = train_step(state, frozen, batch)
                 if pending is not None:
                     _read(pending, log, checkpoints)
-                pending = (step, metrics)
+                pending = (step, metrics, batch["answer"].size)
                 done = step + 1
                 if evaluate is not None and config.evaluate_every and done % config.evaluate_every == 0:
                     log.write(done, {f"heldout/{name}": value for name, value in evaluate(state).items()})
@@ -86,35 +88,46 @@ def train(
     return state
 
 
-def _read(pending: tuple[int, dict], log: "_MetricsLog", checkpoints: Checkpoints) -> None:
-    step, metrics = pending
+def _read(pending: tuple[int, dict, int], log: "_MetricsLog", checkpoints: Checkpoints) -> None:
+    step, metrics, tokens = pending
     values = {name: float(value) for name, value in jax.device_get(metrics).items()}
     if not all(map(math.isfinite, values.values())):
         bad = ", ".join(f"{name} = {value}" for name, value in values.items() if not math.isfinite(value))
         good = checkpoints.latest_step
         where = "there is no checkpoint yet" if good is None else f"the last good checkpoint is step {good}"
         raise NonFiniteLoss(f"step {step + 1}: {bad}; stopped, {where}")
-    log.step(step + 1, values)
+    log.step(step + 1, values, tokens)
 
 
 class _MetricsLog:
-    """Averages metrics over `every` steps and writes them as JSON lines; `status` is the latest in a few words."""
+    """Averages metrics over `every` steps and writes them as JSON lines; `status` is the latest in a few words.
 
-    def __init__(self, path: Path, every: int):
+    What an earlier run wrote after the checkpoint at step `start` is dropped: those steps are run again.
+    """
+
+    def __init__(self, path: Path, every: int, start: int):
         self._path, self._every = path, max(1, every)
-        self._sums: dict[str, float] = {}
-        self._count, self._since = 0, time.perf_counter()
+        if path.exists():
+            kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= start]
+            path.write_text("".join(line + "\n" for line in kept))
         self.status = ""
+        self._restart()
 
-    def step(self, step: int, values: dict[str, float]) -> None:
+    def _restart(self) -> None:
+        self._sums: dict[str, float] = {}
+        self._count, self._tokens, self._since = 0, 0, time.perf_counter()
+
+    def step(self, step: int, values: dict[str, float], tokens: int) -> None:
         self._sums = {name: self._sums.get(name, 0.0) + value for name, value in values.items()}
         self._count += 1
+        self._tokens += tokens
         if step % self._every == 0:
+            seconds = time.perf_counter() - self._since
             means = {name: total / self._count for name, total in self._sums.items()}
-            seconds = (time.perf_counter() - self._since) / self._count
-            self.write(step, {**means, "seconds_per_step": seconds})
+            speed = {"seconds_per_step": seconds / self._count, "tokens_per_second": self._tokens / seconds}
+            self.write(step, means | speed)
             self.status = f"loss {means['loss']:.4f}"
-            self._sums, self._count, self._since = {}, 0, time.perf_counter()
+            self._restart()
 
     def write(self, step: int, values: dict[str, float]) -> None:
         with self._path.open("a") as file:
