@@ -108,8 +108,7 @@ class _MetricsLog:
     def __init__(self, path: Path, every: int, start: int):
         self._path, self._every = path, max(1, every)
         if path.exists():
-            kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= start]
-            path.write_text("".join(line + "\n" for line in kept))
+            path.write_text("".join(line for line in path.read_text().splitlines(keepends=True) if _before(line, start)))
         self.status = ""
         self._restart()
 
@@ -132,3 +131,11 @@ class _MetricsLog:
     def write(self, step: int, values: dict[str, float]) -> None:
         with self._path.open("a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
+
+
+def _before(line: str, start: int) -> bool:
+    """Whether a line of metrics is whole and of a step up to `start`."""
+    try:
+        return json.loads(line)["step"] <= start
+    except ValueError:
+        return False
