@@ -108,7 +108,8 @@ class _MetricsLog:
     def __init__(self, path: Path, every: int, start: int):
         self._path, self._every = path, max(1, every)
         if path.exists():
-            path.write_text("".join(line for line in path.read_text().splitlines(keepends=True) if _before(line, start)))
+            lines = path.read_text().splitlines(keepends=True)
+            path.write_text("".join(line for line in lines if _before(line, start)))
         self.status = ""
         self._restart()
 
