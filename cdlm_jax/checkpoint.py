@@ -33,13 +33,23 @@ class Checkpoint:
         tokenizer = Tokenizer.from_folder(folder) if has_tokenizer(folder) else None
         return cls(model, tokenizer, read_metadata(folder))
 
-    def save(self, folder: Path) -> None:
-        """Write the folder, replacing one that an earlier run of a recipe wrote; any other content is refused."""
-        if (folder / "config.json").exists() and read_metadata(folder):
-            shutil.rmtree(folder)
-        export_hf(self.model, folder, metadata=self.metadata)
+    def save(self, folder: str | Path, *, dtype=None, replace: bool = False) -> None:
+        """Write the folder, whole or not at all. `replace` allows it to take the place of one that a recipe wrote;
+        any other content is refused. dtype: float32 or bfloat16, None as the parameters are."""
+        folder = Path(folder).resolve()
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            if not (replace and (folder / "config.json").exists() and read_metadata(folder)):
+                raise InputError(f"{folder} exists already; write to a new or empty folder")
+        new, old = (folder.with_name(f".{folder.name}.{part}") for part in ("new", "old"))
+        for leftover in (new, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+        export_hf(self.model, new, dtype=dtype, metadata=self.metadata or None)
         if self.tokenizer is not None:
-            self.tokenizer.save(folder)
+            self.tokenizer.save(new)
+        if folder.exists():
+            folder.rename(old)
+        new.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
 
     def encoder(self, prompt_length: int, gen_length: int) -> Encoder:
         """For texts; InputError if the folder has no tokenizer."""

@@ -46,8 +46,11 @@ def main(argv: list[str] | None = None) -> int:
     except InputError as error:
         print(f"cdlm {name}: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"cdlm {name}: {_one_line(error)}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
-        print(f"cdlm {name}: interrupted; the same command continues from what is saved", file=sys.stderr)
+        print(f"cdlm {name}: interrupted", file=sys.stderr)
         return 130
     return 0
 
@@ -69,13 +72,39 @@ def _parse(command: str, define: Callable[[flags.FlagValues], None], arguments: 
     if any(argument in ("--help", "-h", "--helpfull") for argument in arguments):
         print(f"cdlm {command}\n{values.get_help()}")
         return None
+    arguments = [command, *map(_underscored, arguments)]
     try:
-        rest = values([command, *arguments])[1:]
-    except (flags.Error, OSError, SyntaxError, KeyError, AttributeError, TypeError, ValueError) as error:
-        raise InputError(" ".join(str(error).split())) from error
+        with _program_arguments(arguments):
+            rest = values(arguments)[1:]
+    except Exception as error:  # a config file is a program, and can raise anything
+        raise InputError(_one_line(error)) from error
     if rest:
         raise InputError(f"unexpected argument {rest[0]!r}; flags are given as --name=value")
     return values
+
+
+def _underscored(argument: str) -> str:
+    """--show-steps=... is --show_steps=...; overrides of a config, and values, stay as they are."""
+    if not argument.startswith("--") or argument.startswith("--config"):
+        return argument
+    name, equals, value = argument.partition("=")
+    return name.replace("-", "_").replace("__", "--", 1) + equals + value
+
+
+@contextlib.contextmanager
+def _program_arguments(arguments: list[str]):
+    """ml_collections looks for overrides in sys.argv, whatever it is asked to parse."""
+    saved, sys.argv = sys.argv, arguments
+    try:
+        yield
+    finally:
+        sys.argv = saved
+
+
+def _one_line(error: BaseException) -> str:
+    """The message, or the last line of one that carries a traceback."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[-1].strip() if any("Traceback" in line for line in lines) else " ".join(lines)
 
 
 def _config_flags(name: str, variant: str = "full") -> Callable[[flags.FlagValues], None]:
@@ -107,7 +136,7 @@ def _model_flags(values: flags.FlagValues) -> None:
     real("threshold", None, "Finalize every token surer than this.", flag_values=values)
     number("steps", None, "Forwards in all (naive decoder).", lower_bound=1, flag_values=values)
     real("temperature", 0.0, "0 is greedy.", flag_values=values)
-    number("seed", 0, "Of sampling.", flag_values=values)
+    number("seed", 0, "Of sampling.", lower_bound=0, upper_bound=2**32 - 1, flag_values=values)
     number("batch_size", 16, "Prompts decoded together.", lower_bound=1, flag_values=values)
 
 
@@ -208,14 +237,10 @@ def _evaluate(values: flags.FlagValues) -> None:
 
 def _export(values: flags.FlagValues) -> None:
     from cdlm_jax.checkpoint import Checkpoint
-    from cdlm_jax.models.hf import export_hf
 
     if values.model is None or values.output is None:
         raise InputError("give --model and --output")
-    checkpoint = Checkpoint.load(values.model)
-    export_hf(checkpoint.model, values.output, dtype=values.dtype, metadata=checkpoint.metadata or None)
-    if checkpoint.tokenizer is not None:
-        checkpoint.tokenizer.save(values.output)
+    Checkpoint.load(values.model).save(values.output, dtype=values.dtype)
     print(f"wrote {values.output}")
 
 

@@ -1,7 +1,8 @@
 """Model configuration, and the one error class for bad input."""
 
 import dataclasses
-from typing import Literal
+from collections.abc import Mapping
+from typing import Literal, get_args, get_origin
 
 LogitAlignment = Literal["same_position", "shifted"]
 
@@ -61,20 +62,33 @@ def build(cls, section, name: str):
 
     Unknown keys, missing keys and values of the wrong type are refused by their full name.
     """
+    if not isinstance(section, Mapping):
+        raise InputError(f"config key {name} must be a section, got {section!r}")
     fields = {field.name: field for field in dataclasses.fields(cls)}
     if unknown := sorted(set(section) - set(fields)):
         raise InputError(f"unknown config key {name}.{unknown[0]}; allowed: {', '.join(sorted(fields))}")
-    values = {}
-    for key, value in section.items():
-        kind = fields[key].type
-        if dataclasses.is_dataclass(kind):
-            value = build(kind, value, f"{name}.{key}")
-        elif kind == dict[str, float]:
-            value = dict(value)
-        elif isinstance(value, list):
-            value = tuple(value)
-        values[key] = value
+    values = {key: _checked(fields[key].type, value, f"{name}.{key}") for key, value in section.items()}
     required = {key for key, field in fields.items() if field.default is field.default_factory is dataclasses.MISSING}
     if missing := sorted(required - set(values)):
         raise InputError(f"missing config key {name}.{missing[0]}")
     return cls(**values)
+
+
+def _checked(kind, value, name: str):
+    """`value` for a field of a type: a dataclass, a plain type, a Literal, dict[str, float] or tuple[float, ...]."""
+    if dataclasses.is_dataclass(kind):
+        return build(kind, value, name)
+    if get_origin(kind) is Literal:
+        if value in get_args(kind):
+            return value
+        raise InputError(f"{name} must be {' or '.join(map(str, get_args(kind)))}, got {value!r}")
+    if get_origin(kind) is tuple and isinstance(value, (list, tuple)):
+        return tuple(_checked(get_args(kind)[0], item, name) for item in value)
+    if get_origin(kind) is dict and isinstance(value, Mapping):
+        return {key: _checked(get_args(kind)[1], item, f"{name}.{key}") for key, item in value.items()}
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if kind is float and number:
+        return float(value)
+    if kind in (int, str, bool) and type(value) is kind:
+        return value
+    raise InputError(f"{name} must be {getattr(kind, '__name__', kind)}, got {value!r}")

@@ -15,11 +15,11 @@ from rich.table import Table
 
 from cdlm_jax import tasks
 from cdlm_jax.checkpoint import Checkpoint
-from cdlm_jax.config import InputError
+from cdlm_jax.config import InputError, ModelConfig
 from cdlm_jax.decoding import cdlm, naive
 from cdlm_jax.decoding.common import DecodeResult
 from cdlm_jax.decoding.unmask import Threshold
-from cdlm_jax.evaluation.harness import NamedProblem, evaluate, heldout_problems
+from cdlm_jax.evaluation.harness import NamedProblem, heldout_problems
 from cdlm_jax.evaluation.player import play
 from cdlm_jax.tasks import real_data
 from cdlm_jax.tokenizers import Tokenizer
@@ -43,7 +43,10 @@ class Options:
     seed: int = 0
 
     def resolve(self, metadata: dict[str, Any]) -> "Options":
-        role = {"student": "cdlm", "teacher": "naive"}.get(metadata.get("role"), "naive")
+        for name in ("gen_length", "block_size"):
+            if type(metadata.get(name, 1)) is not int:
+                raise InputError(f"config.json: cdlm.{name} must be an integer, got {metadata[name]!r}")
+        role = "cdlm" if metadata.get("role") == "student" else "naive"
         return dataclasses.replace(
             self,
             decoder=self.decoder or role,
@@ -115,16 +118,20 @@ def text_request(tokenizer: Tokenizer | None, text: str, *, chat: bool) -> Reque
 
 def task_requests(tokenizer: Tokenizer | None, name: str, count: int) -> list[Request]:
     """The first held-out problems of a task."""
+    return problem_requests(tokenizer, heldout_problems([name], count))
+
+
+def problem_requests(tokenizer: Tokenizer | None, problems: Sequence[NamedProblem]) -> list[Request]:
     return [
         dataclasses.replace(text_request(tokenizer, problem.prompt, chat=False), problem=(name, problem))
-        for name, problem in heldout_problems([name], count)
+        for name, problem in problems
     ]
 
 
 def file_requests(tokenizer: Tokenizer | None, path: Path, *, chat: bool) -> list[Request]:
     """JSON lines, each {"prompt": text} or {"prompt_ids": [token ids]}."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read {path}: {error}") from error
     requests = []
@@ -133,7 +140,7 @@ def file_requests(tokenizer: Tokenizer | None, path: Path, *, chat: bool) -> lis
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{path} line {number}: not JSON ({error})") from error
         match row:
             case {"prompt_ids": [*ids]} if all(type(i) is int for i in ids):
@@ -153,9 +160,9 @@ def file_requests(tokenizer: Tokenizer | None, path: Path, *, chat: bool) -> lis
 def answers(checkpoint: Checkpoint, requests: Sequence[Request], options: Options, batch_size: int) -> Iterator[Answer]:
     """Decode in batches of equal shape, in order. `options` must be resolved."""
     config, generate = checkpoint.model.config, options.bind()
+    for number, request in enumerate(requests):
+        _check_ids(request.ids, config, number)
     width = max(len(request.ids) for request in requests)
-    if not all(request.ids for request in requests):
-        raise InputError("a prompt is empty")
     key = jax.random.key(options.seed)
     rows = min(batch_size, len(requests))
     for start in range(0, len(requests), rows):
@@ -169,6 +176,16 @@ def answers(checkpoint: Checkpoint, requests: Sequence[Request], options: Option
         )
         for row, request in enumerate(batch):
             yield _answer(checkpoint.tokenizer, request, result, row)
+
+
+def _check_ids(ids: list[int], config: ModelConfig, number: int) -> None:
+    """Everything about a prompt that decoding would refuse, before any batch is decoded."""
+    if not ids:
+        raise InputError(f"prompt {number} is empty")
+    if bad := [i for i in ids if not 0 <= i < config.vocab_size]:
+        raise InputError(f"prompt {number} holds token {bad[0]}, outside the vocabulary 0..{config.vocab_size - 1}")
+    if config.mask_token_id in ids:
+        raise InputError(f"prompt {number} holds the mask token {config.mask_token_id}")
 
 
 def _answer(tokenizer: Tokenizer | None, request: Request, result: DecodeResult, row: int) -> Answer:
@@ -204,6 +221,7 @@ def write_answers(path: Path, found: Sequence[Answer]) -> None:
         partial.write_text("".join(json.dumps(answer.record()) + "\n" for answer in found), encoding="utf-8")
         partial.replace(path)
     except OSError as error:
+        partial.unlink(missing_ok=True)
         raise InputError(f"cannot write {path}: {error.strerror}") from error
 
 
@@ -219,6 +237,8 @@ def run(
 ) -> None:
     """Answer all requests: print each (or play its refinement), and write `output` if given."""
     found = []
+    if output is not None:
+        write_answers(output, found)  # a path that cannot be written is refused before the work
     for answer in answers(checkpoint, requests, options, batch_size):
         found.append(answer)
         if steps_shown:
@@ -254,23 +274,17 @@ def problem_groups(names: Sequence[str], count: int, files: Sequence[Path]) -> d
 
 def score(checkpoint: Checkpoint, groups: dict[str, list[NamedProblem]], options: Options, batch_size: int) -> Table:
     """Accuracy and forwards of every group. `options` must be resolved."""
-    generate = options.bind()
     table = Table("problems", "number", "accuracy", "forwards", "tokens/forward", header_style="bold")
     for column in table.columns[1:]:
         column.justify = "right"
-    length = max(len(problem.prompt) for group in groups.values() for _, problem in group)
-    encoder = checkpoint.encoder(checkpoint.metadata.get("prompt_length", length), options.gen_length)
-
-    def decode(prompts, lengths):
-        return generate(checkpoint.model, prompts, lengths, jax.random.key(options.seed))
-
     for name, group in groups.items():
-        found = evaluate(decode, encoder, group, min(batch_size, len(group)))
+        found = list(answers(checkpoint, problem_requests(checkpoint.tokenizer, group), options, batch_size))
+        forwards = sum(answer.forwards for answer in found)
         table.add_row(
             name,
-            str(len(group)),
-            f"{100 * found.accuracy:.1f} %",
-            f"{found.mean_forwards:.2f}",
-            f"{found.tokens_per_forward:.2f}",
+            str(len(found)),
+            f"{100 * sum(answer.correct for answer in found) / len(found):.1f} %",
+            f"{forwards / len(found):.2f}",
+            f"{sum(answer.length for answer in found) / forwards:.2f}",
         )
     return table

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from cdlm_jax import recipe as stages
 from cdlm_jax.checkpoint import Checkpoint
+from cdlm_jax.config import InputError
 from cdlm_jax.data import Encoder
 from cdlm_jax.decoding.unmask import Threshold
 from cdlm_jax.evaluation.harness import Decode, evaluate, heldout_problems, latencies, spread
@@ -26,6 +27,11 @@ LATENCY_PROBLEMS = 16
 
 def quickstart(recipe: Recipe, *, from_scratch: bool, console: Console) -> None:
     """Run every stage and print the report; tables, plots and answers are kept under `work/report`."""
+    if recipe.heldout_per_task == 0:
+        raise InputError("config.heldout_per_task must be at least 1 for a report, got 0")
+    if from_scratch:  # another teacher, so another folder than the shipped one's trajectories
+        recipe = dataclasses.replace(recipe, work=str(recipe.folder / "from_scratch"))
+    console.print(f"everything is written under {recipe.folder}")
     seconds: dict[str, float] = {}
 
     def timed(name: str, stage, *arguments):
@@ -90,7 +96,7 @@ def report(
     # The truncated teacher gets the student's own budget of forwards, in whole steps per block.
     blocks = recipe.gen_length // recipe.block_size
     budget = evaluate(student_at(0.9), encoder, problems, batch_size=64).mean_forwards
-    steps = blocks * max(1, round(budget / blocks))
+    steps = blocks * min(recipe.block_size // 2, max(1, round(budget / blocks)))
     methods: dict[str, tuple[str, Decode]] = {
         TEACHER: ("teacher", partial(teacher_decoder(recipe), teacher.model)),
         f"teacher, {2 * steps} steps": ("teacher", partial(teacher_decoder(recipe, steps=2 * steps), teacher.model)),

@@ -10,9 +10,10 @@ from flax import nnx
 
 from cdlm_jax import tasks
 from cdlm_jax.checkpoint import Checkpoint
-from cdlm_jax.config import ModelConfig
+from cdlm_jax.config import InputError, ModelConfig
 from cdlm_jax.data import Encoder, ProblemMixture, problem_batches
 from cdlm_jax.decoding import cdlm, naive
+from cdlm_jax.decoding.common import check_blocks
 from cdlm_jax.decoding.unmask import Threshold
 from cdlm_jax.evaluation.harness import evaluate, heldout_problems
 from cdlm_jax.models.hf import fingerprint
@@ -64,6 +65,12 @@ class Recipe:
     collect: CollectConfig
     distill: distillation.DistillConfig
 
+    def __post_init__(self):
+        check_blocks(self.gen_length, self.block_size)
+        for name, least in (("seed", 0), ("prompt_length", 1), ("heldout_per_task", 0)):
+            if getattr(self, name) < least:
+                raise InputError(f"config.{name} must be at least {least}, got {getattr(self, name)}")
+
     @property
     def folder(self) -> Path:
         return Path(self.work)
@@ -94,6 +101,7 @@ def pretrain(recipe: Recipe) -> Checkpoint:
     config = recipe.pretrain
     start = Checkpoint.load(recipe.init) if recipe.init else untrained(recipe)
     encoder = start.encoder(recipe.prompt_length, recipe.gen_length)
+    settings = recipe.settings("model", "pretrain") | {"init": fingerprint(start.model) if recipe.init else ""}
     graphdef, trainable, rest = nnx.split(start.model, nnx.Param, ...)
     optimizer = make_optimizer(config.optimizer, config.steps)
     loss_fn = pretraining.make_loss(graphdef, config.noise, config.steps)
@@ -105,12 +113,12 @@ def pretrain(recipe: Recipe) -> Checkpoint:
         problem_batches(mixture, encoder, config.batch_size),
         config,
         folder=recipe.folder / "pretrain",
-        settings=recipe.settings("model", "init", "pretrain"),
+        settings=settings,
         label="teacher",
         evaluate=_heldout(recipe, encoder, partial(_merged, graphdef, rest), teacher_decoder(recipe)),
     )
     teacher = Checkpoint(_merged(graphdef, rest, state), start.tokenizer, recipe.metadata("teacher"))
-    teacher.save(recipe.folder / "teacher")
+    teacher.save(recipe.folder / "teacher", replace=True)
     return teacher
 
 
@@ -171,13 +179,14 @@ def distill(recipe: Recipe) -> Checkpoint:
         distillation.trajectory_batches(trajectories, config.batch_size, recipe.seed),
         config,
         folder=recipe.folder / "distill",
-        settings=recipe.settings("distill") | {"teacher": trajectories.metadata.model_fingerprint},
+        settings=recipe.settings("distill") | {"trajectories": dataclasses.asdict(trajectories.metadata)},
         label="student",
         evaluate=_heldout(recipe, encoder, partial(_merged, graphdef, frozen.student), student_decoder(recipe)),
     )
     student = merge(_merged(graphdef, frozen.student, state))
+    student = jax.tree.map(lambda x, like: x.astype(like.dtype), student, teacher.model)
     checkpoint = Checkpoint(student, teacher.tokenizer, recipe.metadata("student"))
-    checkpoint.save(recipe.folder / "student")
+    checkpoint.save(recipe.folder / "student", replace=True)
     return checkpoint
 
 

@@ -112,7 +112,7 @@ def test_golden_llada_generate(case_id, golden):
         steps=case.args["steps"],
         cfg_scale=case.args["cfg_scale"],
     )
-    progress, _ = naive.decode(model, prompts, lengths, common.row_keys(None, rows), config)
+    progress, _ = naive.decode(model, prompts, lengths, None, config)
     expected = case.arrays["output_ids"][:, width:]
     states = case.arrays["states"].reshape(-1, rows, width + config.gen_length)[..., width:]
     np.testing.assert_array_equal(progress.response, expected)
@@ -140,7 +140,7 @@ def test_golden_teacher_trajectory(case_id, golden):
             gen_length=case.args["gen_length"],
             block_size=case.args["block_length"],
             temperature=0.0,
-            keys=common.row_keys(None, 1),
+            keys=jax.random.split(jax.random.key(0), 1),
         )
     )
     np.testing.assert_array_equal(tokens[0], case.arrays["output_ids"][0, width:])
@@ -471,9 +471,9 @@ def test_inside_a_callers_jit():
     """A closed-over model and lengths, a donated prompt whose memory the answer takes, more work around it."""
     config = student(unmask=Threshold(0.5))
     request = make_request("same_position", 3, [2, 12, 6, 1])
-    expected = generate(request, config)
+    expected = quickly(config)(request)
 
-    @partial(jax.jit, donate_argnums=0)
+    @partial(quick_jit, donate_argnums=0)
     def answer(prompts):
         result = cdlm.generate(request.model, prompts, jnp.asarray(request.lengths), config)
         return result.tokens, result.lengths + 1
@@ -497,8 +497,8 @@ def test_samples_follow_the_key():
     assert (same.tokens == same.tokens[0]).all()
     several = run(request._replace(keys=jax.random.split(jax.random.key(1), ROWS)))
     assert len({tuple(row) for row in several.tokens.tolist()}) > 1
-    by_place = common.row_keys(jax.random.key(2), ROWS)
-    result = jax.device_get(cdlm.generate(*request[:3], config, jax.random.key(2)))
+    by_place = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(2), jnp.arange(ROWS))
+    result = run(request._replace(keys=jax.random.key(2)))
     assert differing(request._replace(keys=by_place), config, run(request._replace(keys=by_place)), result) == 0
     assert len({tuple(row) for row in result.tokens.tolist()}) > 1
 

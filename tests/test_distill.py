@@ -33,9 +33,9 @@ from test_teacher import (
 from test_vocab import largest_array, log_softmax
 
 from cdlm_jax.config import InputError
-from cdlm_jax.kernels.vocab import linear_kl
+from cdlm_jax.kernels.vocab.api import TILE
 from cdlm_jax.models import lora
-from cdlm_jax.training import distill, losses
+from cdlm_jax.training import distill
 from cdlm_jax.training.distill import DistillConfig, make_loss, make_student, trajectory_batches
 from cdlm_jax.training.losses import LossWeights
 from cdlm_jax.training.optimizer import OptimizerConfig, make_optimizer
@@ -136,9 +136,11 @@ def twin(student, at_target, teacher, batch, keys, config):
     ("alignment", "scope", "asked", "rank"),
     [
         ("same_position", "later_blocks", "offline", 0),
-        ("shifted", "later_blocks", "online", 3),
-        ("same_position", "same_block", "online", 0),
-        ("shifted", "same_block", "offline", 3),
+        ("shifted", "same_block", "online", 3),
+        pytest.param("shifted", "later_blocks", "online", 0, marks=pytest.mark.slow),
+        pytest.param("same_position", "same_block", "offline", 3, marks=pytest.mark.slow),
+        pytest.param("shifted", "later_blocks", "offline", 3, marks=pytest.mark.slow),
+        pytest.param("same_position", "same_block", "online", 0, marks=pytest.mark.slow),
     ],
 )
 def test_loss_metrics_and_gradient_are_those_of_the_twin(alignment, scope, asked, rank):
@@ -171,7 +173,7 @@ def test_loss_metrics_and_gradient_are_those_of_the_twin(alignment, scope, asked
 
     products = jax.tree.map(lambda g, way: np.sum(wide(g) * way), gradient, direction)
     slope = (at(1e-5) - at(-1e-5)) / 2e-5
-    np.testing.assert_allclose(sum(jax.tree.leaves(products)), slope, rtol=2e-4)
+    np.testing.assert_allclose(sum(jax.tree.leaves(products)), slope, rtol=1e-3)
 
 
 # ---- teacher online and offline ------------------------------------------------------------------------------------
@@ -190,22 +192,17 @@ def test_online_and_offline_agree_where_a_token_was_finalized(store, monkeypatch
     record = store[0]
     batch = {name: np.tile(record[name], (STORE_LENGTH,) + (1,) * record[name].ndim) for name in FIELDS}
     batch["prompt_length"] = batch["prompt_length"].reshape(-1)
-    seen = []
 
     def states(tokens, order, keys, *, block_size, mask_token_id, scope):
         return state_at(tokens, order, jnp.arange(STORE_LENGTH), block_size=block_size, mask_token_id=mask_token_id)
 
-    def spy(teacher_hidden, *args, **options):
-        seen.append(teacher_hidden)
-        return jnp.float32(0)
-
     monkeypatch.setattr(distill, "sample_states", states)
-    monkeypatch.setattr(distill, "distillation_loss", spy)
+    monkeypatch.setattr(distill, "distillation_loss", lambda teacher_hidden, *args, **options: teacher_hidden)
+    graphdef, trainable, frozen = make_student(STORE_TEACHER, config_of(teacher="online"), jax.random.key(1))
+    loss_fn = make_loss(graphdef, config_of(teacher="online"), STORE_BLOCK)
     keys = jax.random.split(jax.random.key(0), STORE_LENGTH)
-    for asked in ("online", "offline"):
-        graphdef, trainable, frozen = make_student(STORE_TEACHER, config_of(teacher=asked), jax.random.key(1))
-        make_loss(graphdef, config_of(teacher=asked), STORE_BLOCK)(trainable, frozen, batch, keys, 0)
-    online, offline = (np.asarray(hidden, np.float32) for hidden in seen)
+    online = jax.jit(lambda: loss_fn(trainable, frozen, batch, keys, 0)[1]["distill"])()  # its hidden rows
+    offline = batch["hidden"].astype(np.float32)
     next_one = record["order"] == np.arange(STORE_LENGTH)[:, None]
     close = np.isclose(online, offline, rtol=2**-7, atol=1e-5).all(axis=-1)  # stored in bfloat16
     assert next_one.sum() == STORE_LENGTH and close[next_one].all()
@@ -217,15 +214,18 @@ def test_online_and_offline_agree_where_a_token_was_finalized(store, monkeypatch
 
 
 def train(store, config, steps):
-    """(teacher's leaves before, frozen, trainable before, state after, loss before and after on one set of draws)."""
+    """(teacher, frozen and trainable before; frozen and state after; metrics before and after on the same draws)."""
     graphdef, trainable, frozen = make_student(STORE_TEACHER, config, jax.random.key(1))
     loss_fn = make_loss(graphdef, config, STORE_BLOCK)
     optimizer = make_optimizer(config.optimizer, config.steps)
     step = make_train_step(loss_fn, optimizer, seed=0, ema_decay=config.ema_decay)
-    measured = next(iter(trajectory_batches(store, 16, seed=9)))
-    keys = jax.random.split(jax.random.key(3), 16)
-    measure = jax.jit(lambda trainable: loss_fn(trainable, frozen, measured, keys, 0))
     start = jax.tree.map(np.array, (STORE_TEACHER, frozen, trainable))  # copies, not views of the buffers
+
+    def measure(parameters):
+        """What the first step would report, so that the draws are the same."""
+        first = TrainState.create(jax.tree.map(jnp.copy, parameters), optimizer, ema=config.ema_decay > 0)
+        return step(first, frozen, next(iter(trajectory_batches(store, 16, seed=9))))[1]
+
     before = measure(trainable)
     state = TrainState.create(trainable, optimizer, ema=config.ema_decay > 0)
     batches = iter(trajectory_batches(store, 16, seed=0))
@@ -242,15 +242,16 @@ def assert_same(got, expected):
 @pytest.mark.parametrize(
     ("rank", "optimizer"),
     [
-        (0, OptimizerConfig(name="muon", learning_rate=1e-2, weight_decay=0.0)),
-        (4, OptimizerConfig(name="adamw", learning_rate=1e-2)),
+        (0, OptimizerConfig(name="adamw", learning_rate=1e-2)),
+        (4, OptimizerConfig(name="adamw", learning_rate=2e-2)),
+        pytest.param(4, OptimizerConfig(name="muon", learning_rate=1e-2), marks=pytest.mark.slow),
     ],
 )
 def test_thirty_steps_lower_the_loss_and_spare_the_teacher(store, rank, optimizer):
     config = config_of(batch_size=16, lora_rank=rank, optimizer=optimizer, ema_decay=0.9)
     (teacher, before_frozen, trainable), frozen, state, before, after = train(store, config, 30)
-    assert after[0] < 0.8 * before[0]
-    assert after[1]["distill"] < 0.8 * before[1]["distill"]
+    assert after["loss"] < 0.9 * before["loss"]
+    assert all(after[name] < before[name] for name in ("distill", "consistency", "dlm"))
 
     assert_same(STORE_TEACHER, teacher)
     assert_same(frozen, before_frozen)
@@ -284,23 +285,16 @@ def test_accumulation_gives_the_update_of_one_batch():
         np.testing.assert_allclose(others[name], value, rtol=1e-5, err_msg=name)
 
 
-def test_no_logits_of_whole_responses(monkeypatch):
-    """With a vocabulary above the tile of 4096 no array of a train step has rows x L x V elements."""
-    vocab = 5000
+def test_no_logits_of_whole_responses():
+    """The largest array of a train step is one tile of logits where the vocabulary is larger than the tile."""
+    vocab = TILE + 904
     teacher = random_model("same_position", vocab_size=vocab, num_layers=1)
     config = config_of(teacher="online")
     graphdef, trainable, frozen = make_student(teacher, config, jax.random.key(1))
-    optimizer = make_optimizer(OptimizerConfig(), 10)
-    state = TrainState.create(trainable, optimizer, ema=False)
-
-    def largest():
-        step = make_train_step(make_loss(graphdef, config, BLOCK), optimizer, seed=0)
-        return largest_array(step.lower(state, frozen, random_batch()).compile())
-
-    assert vocab * CONFIG.hidden_size < ROWS * LENGTH * vocab  # nor is one that large needed for the parameters
-    assert largest() < ROWS * LENGTH * vocab
-    monkeypatch.setattr(losses, "linear_kl", partial(linear_kl, tile=vocab))
-    assert largest() >= ROWS * LENGTH * vocab
+    optimizer = optax.sgd(0.1)
+    step = make_train_step(make_loss(graphdef, config, BLOCK), optimizer, seed=0)
+    lowered = step.lower(TrainState.create(trainable, optimizer, ema=False), frozen, random_batch())
+    assert largest_array(lowered.compile()) == ROWS * LENGTH * TILE
 
 
 # ---- data ----------------------------------------------------------------------------------------------------------

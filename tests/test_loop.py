@@ -43,7 +43,8 @@ def start(ema=True):
 
 
 def batches():
-    rows = [{"id": np.int32(i), "x": np.random.default_rng(i).normal(size=3).astype(np.float32)} for i in range(21)]
+    x = np.random.default_rng(0).normal(size=(21, 3)).astype(np.float32)
+    rows = [{"id": np.int32(i), "x": x[i], "answer": np.zeros(5, np.int32)} for i in range(21)]
     dataset = grain.MapDataset.source(rows).seed(3).shuffle().repeat().batch(4)
     return dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4))
 
@@ -92,7 +93,9 @@ def lines(folder):
 
 def logged(folder):
     """step -> metrics, without times."""
-    return {line.pop("step"): line for line in lines(folder) if line.pop("seconds_per_step") > 0}
+    timed = lines(folder)
+    assert all(line.pop("seconds_per_step") > 0 and line.pop("tokens_per_second") > 0 for line in timed)
+    return {line.pop("step"): line for line in timed}
 
 
 def saved(folder):
@@ -259,10 +262,10 @@ def test_a_leftover_of_a_killed_run_is_never_read(tmp_path):
 @pytest.mark.parametrize(
     ("at", "message", "kept"),
     [
-        (1, "step 2: loss = nan, grad_norm = nan; stopped, there is no checkpoint yet", []),
-        (EVERY - 1, "step 4: loss = nan, grad_norm = nan; stopped, there is no checkpoint yet", []),
-        (EVERY, "step 5: loss = nan, grad_norm = nan; stopped, the last good checkpoint is step 4", [4]),
-        (STEPS - 1, "step 10: loss = nan, grad_norm = nan; stopped, the last good checkpoint is step 8", [4, 8]),
+        (1, "step 2: grad_norm = nan, loss = nan; stopped, there is no checkpoint yet", []),
+        (EVERY - 1, "step 4: grad_norm = nan, loss = nan; stopped, there is no checkpoint yet", []),
+        (EVERY, "step 5: grad_norm = nan, loss = nan; stopped, the last good checkpoint is step 4", [4]),
+        (STEPS - 1, "step 10: grad_norm = nan, loss = nan; stopped, the last good checkpoint is step 8", [4, 8]),
     ],
 )
 def test_a_loss_that_is_not_a_number_stops(tmp_path, at, message, kept):

@@ -19,7 +19,7 @@ from cdlm_jax.decoding.common import (
     check_blocks,
     check_request,
     predict,
-    row_keys,
+    step_keys,
     take_rows,
 )
 from cdlm_jax.decoding.unmask import Threshold, Unmask
@@ -74,12 +74,12 @@ def generate(
     Raises InputError for requests that cannot be decoded.
     """
     check_request(model.config, prompts, prompt_lengths, config.gen_length, config.temperature, key)
-    return _generate(model, prompts, prompt_lengths, row_keys(key, prompts.shape[0]), config)
+    return _generate(model, prompts, prompt_lengths, key, config)
 
 
 @partial(jax.jit, static_argnames="config")
-def _generate(model, prompts, prompt_lengths, keys, config: Config) -> DecodeResult:
-    step = partial(decode_step, model, prompt_lengths, keys, config)
+def _generate(model, prompts, prompt_lengths, key, config: Config) -> DecodeResult:
+    step = partial(decode_step, model, prompt_lengths, key, config)
     state = prefill(model, prompts, prompt_lengths, config)
     state = jax.lax.while_loop(lambda state: ~state.progress.done.all(), step, state)
     return state.progress.result(model.config.eos_token_id)
@@ -100,7 +100,9 @@ def prefill(model: Transformer, prompts: jax.Array, prompt_lengths: jax.Array, c
     )
 
 
-def decode_step(model: Transformer, prompt_lengths: jax.Array, keys: jax.Array, config: Config, state: State) -> State:
+def decode_step(
+    model: Transformer, prompt_lengths: jax.Array, key: jax.Array | None, config: Config, state: State
+) -> State:
     """One forward of the whole batch: each row refines its current block, and commits what it has to."""
     size = config.block_size
     start = prompt_lengths + state.progress.block * size
@@ -115,8 +117,8 @@ def decode_step(model: Transformer, prompt_lengths: jax.Array, keys: jax.Array, 
     progress = state.progress
     if model.config.logit_alignment == "shifted":
         hidden = jnp.concatenate([state.before[:, None], hidden[:, :-1]], axis=1)
-    step_keys = jax.vmap(jax.random.fold_in)(keys, progress.forwards)
-    candidates = predict(model, hidden, step_keys, config.temperature)
+    keys = step_keys(key, progress) if config.temperature > 0 else None
+    candidates = predict(model, hidden, keys, config.temperature)
     progress = progress.finalize(candidates.token, config.unmask(candidates, masked, progress.step))
 
     # A finished block is left at once when its commit is merged into the next forward, else after its own commit.

@@ -70,21 +70,24 @@ def response_lengths(tokens: jax.Array, eos_token_id: int) -> jax.Array:
 # ---- predictions ---------------------------------------------------------------------------------------------------
 
 
-def row_keys(key: jax.Array | None, rows: int) -> jax.Array:
-    """One random key per row: `key` itself if it is [rows] already, else derived from it by the row's place.
+def step_keys(key: jax.Array, progress: "Progress") -> jax.Array:
+    """The random keys of a forward, [rows]: functions of the row's key, its block, and its forwards on that block.
 
-    Give [rows] keys where a row's sample must not depend on its place in the batch.
+    `key` is one key per row, or a single key from which each row's is derived by its place in the batch. Give [rows]
+    keys where a sample must not depend on that place.
     """
-    key = jax.random.key(0) if key is None else key
-    return key if key.ndim else jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows))
+    rows = progress.block.shape[0]
+    fold = jax.vmap(jax.random.fold_in)
+    keys = key if key.ndim else jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows))
+    return fold(fold(keys, progress.block), progress.step)
 
 
-def predict(model: Transformer, hidden: jax.Array, keys: jax.Array, temperature: float) -> Confidence:
-    """A token for every hidden row and how sure the model is of it: hidden [rows, B, d], keys [rows] -> [rows, B].
+def predict(model: Transformer, hidden: jax.Array, keys: jax.Array | None, temperature: float) -> Confidence:
+    """A token for every hidden row and how sure the model is of it: hidden [rows, B, d] -> arrays [rows, B].
 
-    At temperature > 0 the token is drawn from softmax(logits / temperature) and its probability is that of the plain
-    softmax (LLaDA `generate`). The mask token keeps its share of the probability but is never the prediction: upstream
-    would finalize it as a mask.
+    At temperature > 0 (which needs keys [rows]) the token is drawn from softmax(logits / temperature) and its
+    probability is that of the plain softmax (LLaDA `generate`). The mask token keeps its share of the probability but
+    is never the prediction: upstream would finalize it as a mask.
     """
     mask_id = model.config.mask_token_id
     candidates = confidence(hidden, model.head, forbidden=mask_id)
@@ -188,6 +191,10 @@ def check_request(model: ModelConfig, prompts, prompt_lengths, gen_length: int, 
         raise InputError(f"temperature must be 0 or more, got {temperature}")
     if temperature > 0 and key is None:
         raise InputError(f"temperature {temperature} needs a random key, got none")
+    if key is not None and not (
+        jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.shape in ((), prompts.shape[:1])
+    ):
+        raise InputError(f"key must be one jax.random.key, or one per row, got {key.dtype} {key.shape}")
     if isinstance(prompts, jax.core.Tracer) or isinstance(prompt_lengths, jax.core.Tracer):
         return
     tokens, lengths = np.asarray(prompts), np.asarray(prompt_lengths)

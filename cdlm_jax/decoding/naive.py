@@ -16,7 +16,7 @@ from cdlm_jax.decoding.common import (
     check_request,
     predict,
     predicting_rows,
-    row_keys,
+    step_keys,
 )
 from cdlm_jax.decoding.unmask import Quota, Unmask
 from cdlm_jax.models.transformer import Transformer
@@ -71,11 +71,10 @@ def generate(
 
     The same contract as `cdlm.generate`; `forwards` counts full forwards over the whole sequence.
     """
-    noisy = config.temperature > 0 or config.remasking == "random"
     check_request(model.config, prompts, prompt_lengths, config.gen_length, config.temperature, key)
-    if noisy and key is None:
+    if config.remasking == "random" and key is None:
         raise InputError("remasking 'random' needs a random key, got none")
-    progress, _ = decode(model, prompts, prompt_lengths, row_keys(key, prompts.shape[0]), config)
+    progress, _ = decode(model, prompts, prompt_lengths, key, config)
     return progress.result(model.config.eos_token_id)
 
 
@@ -84,7 +83,7 @@ def decode(
     model: Transformer,
     prompts: jax.Array,
     prompt_lengths: jax.Array,
-    keys: jax.Array,
+    key: jax.Array | None,
     config: Config,
     *,
     keep_hidden: bool = False,
@@ -107,11 +106,11 @@ def decode(
             masked_prompts = jnp.full_like(prompts, model.config.mask_token_id)
             unguided = block_hidden(masked_prompts, progress)
             hidden = unguided + (config.cfg_scale + 1) * (hidden - unguided)
-        step_keys = jax.vmap(jax.random.fold_in)(keys, progress.forwards)
-        candidates = predict(model, hidden, step_keys, config.temperature)
+        keys = step_keys(key, progress) if config.temperature > 0 or config.remasking == "random" else None
+        candidates = predict(model, hidden, keys, config.temperature)
         scored = candidates
         if config.remasking == "random":
-            draws = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 1), (size,)))(step_keys)
+            draws = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 1), (size,)))(keys)
             scored = candidates._replace(probability=draws)
         before = progress
         progress = progress.finalize(candidates.token, config.policy(scored, progress.masked(size), progress.step))

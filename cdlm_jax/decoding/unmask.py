@@ -86,7 +86,8 @@ class EntropyBudget:
         rank = ranks(-candidates.entropy, masked)
         ascending = jnp.sort(jnp.where(masked, candidates.entropy, jnp.inf), axis=1)
         spent = jnp.cumsum(ascending, axis=1) - ascending  # all but the largest, which is the last taken
-        return masked & (rank < (spent <= self.budget).sum(axis=1, keepdims=True))
+        sure = masked & (rank < (spent <= self.budget).sum(axis=1, keepdims=True))
+        return sure | best(-candidates.entropy, masked)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +111,8 @@ class Quota:
 
 def ranks(score: jax.Array, masked: jax.Array) -> jax.Array:
     """Rank of each masked position by falling score, 0 the best; the others come last: [rows, B] int32."""
-    order = jnp.argsort(jnp.where(masked, -score, jnp.inf), axis=1, stable=True)
+    # Masked positions come first whatever their score: a NaN must not keep a decode from ending.
+    order = jnp.lexsort((-score, ~masked), axis=1)
     return jnp.argsort(order, axis=1, stable=True)
 
 

@@ -47,11 +47,9 @@ class Checkpoints:
                     f"{self._checkpointer.directory} holds checkpoints of another run: {name} is {got!r} there, "
                     f"{expected!r} here; use another work folder or remove this one"
                 )
-        tree = self._checkpointer.load(latest.step, _tree(like))
-        return jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(tree)), place["iterator"]
-
-    def wait(self) -> None:
-        self._checkpointer.wait()
+        names = _tree(like)  # in the state's own order, which the stored dict does not keep
+        stored = self._checkpointer.load(latest.step, names)
+        return jax.tree.unflatten(jax.tree.structure(like), [stored[name] for name in names]), place["iterator"]
 
     def close(self) -> None:
         self._checkpointer.close()

@@ -84,7 +84,9 @@ def make_student(teacher: Transformer, config: DistillConfig, key: jax.Array):
         graphdef, trainable, rest = nnx.split(student, lora.LoRAParam, ...)
     else:
         graphdef, trainable, rest = nnx.split(teacher, nnx.Param, ...)
-        trainable = jax.tree.map(jnp.copy, trainable)  # a train step donates its state; the teacher must survive it
+        # Float32 masters, so that small updates of bfloat16 weights are not rounded away; and copies in any case, since
+        # a train step donates its state and the teacher must survive it.
+        trainable = jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), trainable)
     frozen = Frozen(rest, teacher.head, teacher if config.teacher == "online" else None)
     return graphdef, trainable, frozen
 
@@ -108,6 +110,8 @@ def make_loss(graphdef: nnx.GraphDef, config: DistillConfig, block_size: int):
         return visible_end(lengths, seq_len, block_size)
 
     def loss_fn(trainable, frozen: Frozen, batch, keys, step):
+        if not config.lora_rank:
+            trainable = jax.tree.map(lambda x: x.astype(frozen.teacher_head.dtype), trainable)
         student = nnx.merge(graphdef, trainable, frozen.student)
         mask_id, head = student.config.mask_token_id, student.head
         state_keys, noise_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
@@ -140,8 +144,8 @@ def make_loss(graphdef: nnx.GraphDef, config: DistillConfig, block_size: int):
         }
         loss = sum(getattr(config.weights, name) * value for name, value in losses.items())
         agrees = confidence(jax.lax.stop_gradient(at_y), jax.lax.stop_gradient(head)).token == batch["tokens"]
-        agreement = jnp.sum(agrees & state.newly) / jnp.sum(state.newly)
-        return loss, {**losses, "agreement": agreement}
+        agreement = jnp.sum(agrees & state.newly, axis=1) / jnp.sum(state.newly, axis=1)  # U is never empty
+        return loss, {**losses, "agreement": agreement.mean()}
 
     return loss_fn
 

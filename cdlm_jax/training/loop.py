@@ -22,7 +22,7 @@ class NonFiniteLoss(InputError):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoopConfig:
-    """`steps` updates; every `*_every` counts steps, 0 means only at the end."""
+    """`steps` updates. `*_every` counts steps; checkpoints and evaluations come at the end too (0: only there)."""
 
     steps: int
     checkpoint_every: int = 0
@@ -32,9 +32,9 @@ class LoopConfig:
     def __post_init__(self):
         if self.steps < 1:
             raise InputError(f"steps must be at least 1, got {self.steps}")
-        for name in ("checkpoint_every", "evaluate_every", "log_every"):
-            if getattr(self, name) < 0:
-                raise InputError(f"{name} must not be negative, got {getattr(self, name)}")
+        for name, least in (("checkpoint_every", 0), ("evaluate_every", 0), ("log_every", 1)):
+            if getattr(self, name) < least:
+                raise InputError(f"{name} must be at least {least}, got {getattr(self, name)}")
 
 
 def train(
@@ -75,12 +75,16 @@ def train(
                     _read(pending, log, checkpoints)
                 pending = (step, metrics, batch["answer"].size)
                 done = step + 1
-                if evaluate is not None and config.evaluate_every and done % config.evaluate_every == 0:
-                    log.write(done, {f"heldout/{name}": value for name, value in evaluate(state).items()})
-                if done == config.steps or (config.checkpoint_every and done % config.checkpoint_every == 0):
-                    # A state is saved only once its own loss is known to be finite.
+                last = done == config.steps
+                saves = last or (config.checkpoint_every and done % config.checkpoint_every == 0)
+                evaluates = evaluate and (last or (config.evaluate_every and done % config.evaluate_every == 0))
+                if saves or evaluates:
+                    # A state is used only once its own loss is known to be finite.
                     _read(pending, log, checkpoints)
                     pending = None
+                if evaluates:
+                    log.write(done, {f"heldout/{name}": value for name, value in evaluate(state).items()})
+                if saves:
                     checkpoints.save(state, iterator.get_state())
                 progress.update(bar, completed=done, status=log.status)
     finally:
@@ -106,7 +110,7 @@ class _MetricsLog:
     """
 
     def __init__(self, path: Path, every: int, start: int):
-        self._path, self._every = path, max(1, every)
+        self._path, self._every = path, every
         if path.exists():
             lines = path.read_text().splitlines(keepends=True)
             path.write_text("".join(line for line in lines if _before(line, start)))
