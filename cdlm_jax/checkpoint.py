@@ -37,9 +37,10 @@ class Checkpoint:
         """Write the folder, whole or not at all. `replace` allows it to take the place of one that a recipe wrote;
         any other content is refused. dtype: float32 or bfloat16, None as the parameters are."""
         folder = Path(folder).resolve()
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            if not (replace and (folder / "config.json").exists() and read_metadata(folder)):
-                raise InputError(f"{folder} exists already; write to a new or empty folder")
+        occupied = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+        ours = replace and (folder / "config.json").exists() and read_metadata(folder)
+        if occupied and not ours:
+            raise InputError(f"{folder} exists already; write to a new or empty folder")
         new, old = (folder.with_name(f".{folder.name}.{part}") for part in ("new", "old"))
         for leftover in (new, old):
             shutil.rmtree(leftover, ignore_errors=True)

@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Literal, get_args, get_origin
 
+from ml_collections import ConfigDict
+
 LogitAlignment = Literal["same_position", "shifted"]
 
 
@@ -62,6 +64,8 @@ def build(cls, section, name: str):
 
     Unknown keys, missing keys and values of the wrong type are refused by their full name.
     """
+    if isinstance(section, ConfigDict):
+        section = section.to_dict()
     if not isinstance(section, Mapping):
         raise InputError(f"config key {name} must be a section, got {section!r}")
     fields = {field.name: field for field in dataclasses.fields(cls)}

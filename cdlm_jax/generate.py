@@ -217,11 +217,19 @@ def show_steps(checkpoint: Checkpoint, answer: Answer, options: Options, console
 def write_answers(path: Path, found: Sequence[Answer]) -> None:
     """JSON lines; the file appears whole."""
     partial = path.with_name(path.name + ".partial")
+    partial.write_text("".join(json.dumps(answer.record()) + "\n" for answer in found), encoding="utf-8")
+    partial.replace(path)
+
+
+def _check_writable(path: Path) -> None:
+    """Refuse an output path before any work is spent on it; what is there now stays until the answers are."""
+    if path.is_dir():
+        raise InputError(f"cannot write {path}: it is a folder")
+    probe = path.with_name(path.name + ".partial")
     try:
-        partial.write_text("".join(json.dumps(answer.record()) + "\n" for answer in found), encoding="utf-8")
-        partial.replace(path)
+        probe.touch()
+        probe.unlink()
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise InputError(f"cannot write {path}: {error.strerror}") from error
 
 
@@ -238,7 +246,7 @@ def run(
     """Answer all requests: print each (or play its refinement), and write `output` if given."""
     found = []
     if output is not None:
-        write_answers(output, found)  # a path that cannot be written is refused before the work
+        _check_writable(output)
     for answer in answers(checkpoint, requests, options, batch_size):
         found.append(answer)
         if steps_shown:

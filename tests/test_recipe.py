@@ -1,5 +1,6 @@
 """The recipe end to end on a minute model: stages, continuation, and processes killed at random moments."""
 
+import dataclasses
 import json
 import os
 import random
@@ -128,7 +129,8 @@ def test_trajectories(finished):
 def test_the_student_is_a_model_folder(finished, capsys):
     teacher, student = (Checkpoint.load(finished / role) for role in ("teacher", "student"))
     assert student.metadata == {**teacher.metadata, "role": "student"}
-    assert student.model.config == teacher.model.config  # adapters are merged: no other parameters
+    same = {"source": ""}  # but the text of config.json; adapters are merged
+    assert dataclasses.replace(student.model.config, **same) == dataclasses.replace(teacher.model.config, **same)
     changed = [
         not np.array_equal(a, b)
         for a, b in zip(jax.tree.leaves(teacher.model), jax.tree.leaves(student.model), strict=True)

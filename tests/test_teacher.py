@@ -156,7 +156,8 @@ def test_the_loss_is_that_of_a_float64_twin(alignment):
     assert metrics == {}
 
 
-def test_thirty_steps_learn_an_easy_task():
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("muon", marks=pytest.mark.slow)])
+def test_thirty_steps_learn_an_easy_task(optimizer):
     """The answers' common characters and their end: the loss on other problems must fall far below its start."""
     tokenizer, steps = Tokenizer.characters(tasks.CHARACTERS), 30
     eos, mask = tokenizer.token_to_id("<eos>"), tokenizer.token_to_id("<mask>")
@@ -169,7 +170,7 @@ def test_thirty_steps_learn_an_easy_task():
         return iter(problem_batches(ProblemMixture({"sort": 1.0}, split, 32 * steps, seed=0), encoder, 32))
 
     graphdef, trainable, rest = nnx.split(model, nnx.Param, ...)
-    optimizer = make_optimizer(OptimizerConfig(name="muon", learning_rate=1e-2, weight_decay=0.0), steps)
+    optimizer = make_optimizer(OptimizerConfig(name=optimizer, learning_rate=1e-2, weight_decay=0.0), steps)
     loss_fn = make_loss(graphdef, NoiseSchedule(), steps)
     step = make_train_step(loss_fn, optimizer, seed=0, ema_decay=0.9)
     heldout = next(batches("heldout"))
