@@ -46,12 +46,12 @@ def get_config(variant: str = "full") -> ConfigDict:
         },
         "noise": {"curriculum": 0.2, "first_t_max": 0.3, "min_t": 0.02},
     }
-    config.collect = {"num_prompts": 4096, "temperatures": (0.0, 0.5), "batch_size": 64, "shard_size": 512}
+    config.collect = {"num_prompts": 2048, "temperatures": (0.0, 0.5), "batch_size": 64, "shard_size": 512}
     config.distill = {
-        "steps": 600,
-        "batch_size": 64,
+        "steps": 500,
+        "batch_size": 48,
         "accumulate": 1,
-        "checkpoint_every": 200,
+        "checkpoint_every": 100,
         "evaluate_every": 0,
         "log_every": 10,
         "teacher": "offline",
@@ -62,7 +62,7 @@ def get_config(variant: str = "full") -> ConfigDict:
         "ema_decay": 0.98,
         "optimizer": {
             "name": "muon",
-            "learning_rate": 3e-3,
+            "learning_rate": 5e-3,
             "adam_ratio": 0.3,
             "warmup_fraction": 0.05,
             "weight_decay": 0.0,
@@ -79,8 +79,8 @@ def get_config(variant: str = "full") -> ConfigDict:
         config.work = "runs/quickstart"
         config.tasks = {"chain": 2.0, "sudoku4": 1.0}
         config.heldout_per_task = 128
-        config.collect.update(num_prompts=640, shard_size=256)
-        config.distill.update(steps=150, batch_size=48, checkpoint_every=50)
+        config.collect.update(num_prompts=960, shard_size=256)
+        config.distill.update(steps=320, batch_size=32, checkpoint_every=80)
     elif variant != "full":
         raise ValueError(f"configs/tiny.py:{variant} is unknown, allowed: full, finish, quick")
     return config

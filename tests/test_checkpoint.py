@@ -51,7 +51,7 @@ def contents(folder: Path) -> dict[str, bytes | None]:
 
 
 def saved(checkpoint: Checkpoint, folder: Path) -> dict[str, bytes | None]:
-    checkpoint.save(folder)
+    checkpoint.save(folder, replace=True)
     return contents(folder)
 
 
@@ -76,8 +76,15 @@ def test_other_content_is_refused_and_kept(tmp_path, name, text):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / name).write_text(text)
     with pytest.raises(InputError, match="model exists already"):
-        tiny_checkpoint().save(tmp_path / "model")
+        tiny_checkpoint().save(tmp_path / "model", replace=True)
     assert contents(tmp_path) == {"model": None, f"model/{name}": text.encode()}
+
+
+def test_a_folder_of_the_recipe_is_kept_unless_asked(tmp_path):
+    before = saved(tiny_checkpoint(0), tmp_path / "model")
+    with pytest.raises(InputError, match="model exists already"):
+        tiny_checkpoint(1).save(tmp_path / "model")
+    assert contents(tmp_path / "model") == before
 
 
 def test_a_folder_without_tokenizer_serves_token_ids_only():
@@ -137,7 +144,7 @@ def test_a_save_may_die_at_any_file_operation(tmp_path, reaper):
         shutil.copytree(tmp_path / "old", work / "model")
         try:
             with reaper.after(operations):
-                new.save(work / "model")
+                new.save(work / "model", replace=True)
         except Death:
             deaths += 1
         else:

@@ -1,5 +1,6 @@
 """The command line: what is unusable is refused in one line that names it, and nothing is written or lost."""
 
+import contextlib
 import json
 import os
 import shlex
@@ -83,8 +84,8 @@ FILES = {
     "input of deep JSON": (f"{FROM_FILE}=deep.jsonl", ["deep.jsonl line 1", "not JSON"]),
     "wrong row": (f"{FROM_FILE}=rows.jsonl", ["rows.jsonl line 2", '{"prompt_ids": [integers]}', "[1, true]"]),
     "no rows": (f"{FROM_FILE}=blank.jsonl", ["blank.jsonl", "no prompts"]),
-    "late empty prompt": (f"{FROM_FILE}=late_empty.jsonl --batch_size=1", ["prompt 2", "empty"]),
-    "late odd token": (f"{FROM_FILE}=late_token.jsonl --batch_size=1", ["prompt 2", "token 4000"]),
+    "late empty prompt": (f"{FROM_FILE}=late_empty.jsonl --batch_size=1", ["prompt", "empty"]),
+    "late odd token": (f"{FROM_FILE}=late_token.jsonl --batch_size=1", ["prompt", "token 4000", "0..50"]),
     "no output folder": (f"{TEXT} --output=nowhere/out.jsonl", ["nowhere/out.jsonl"]),
     "output is a folder": (f"{TEXT} --output=empty", ["empty", "folder"]),
     "no data": ("evaluate --model=teacher --data=nowhere.jsonl", ["cannot read nowhere.jsonl"]),
@@ -101,6 +102,8 @@ RECIPES = {
     "unknown override": (f"{COLLECT} --config.sede=1", ["recipe.py", "sede", "seed"]),
     "override of the wrong type": (f"{COLLECT} --config.seed=many", ["config.seed", "many", "int"]),
     "override before the file": ("collect --config.seed=1 --config=recipe.py", ["config.seed", "before"]),
+    "unknown override of the default": ("collect --config.sede=1", ["sede", "seed"]),
+    "unknown variant": ("collect --config=recipe.py:fast", ["recipe.py", "fast"]),
     "unknown key": ("collect --config=unknown_key.py", ["config.collect.num_promts", "num_prompts"]),
     "missing key": ("collect --config=missing_key.py", ["config.prompt_length"]),
     "value of the wrong type": ("collect --config=wrong_type.py", ["config.collect.batch_size", "int", "'4'"]),
@@ -154,8 +157,7 @@ CASES = {f"{group}: {name}": case for group, cases in GROUPS.items() for name, c
 def world(tmp_path_factory):
     """A folder with one good model, one finished run, and everything that can be wrong with either."""
     folder = tmp_path_factory.mktemp("world")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
+    with contextlib.chdir(folder):
         _models()
         _files()
         _configs()
