@@ -4,7 +4,6 @@ import dataclasses
 import json
 import time
 from functools import partial
-from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +16,7 @@ from cdlm_jax.data import Encoder
 from cdlm_jax.decoding.unmask import Threshold
 from cdlm_jax.evaluation.harness import Decode, evaluate, heldout_problems, latencies, spread
 from cdlm_jax.evaluation.player import play
-from cdlm_jax.evaluation.report import MethodResult, markdown, plot_accuracy, plot_order, table, task_table
+from cdlm_jax.evaluation.report import MethodResult, Order, markdown, plot_accuracy, plot_order, table, task_table
 from cdlm_jax.recipe import Recipe, student_decoder, teacher_decoder
 
 TEACHER = "teacher, 1 token per step"
@@ -52,17 +51,16 @@ def quickstart(recipe: Recipe, *, from_scratch: bool, console: Console) -> None:
     console.rule("3  distill a block-causal student")
     student = timed("student", stages.distill, recipe)
     console.rule("4  held-out problems")
-    results, orders = timed("report", report, recipe, teacher, student, console)
-    sample = orders[-1]
+    results, (prompt, answer) = timed("report", report, recipe, teacher, student, console)
     console.rule("5  one answer, block by block")
     play(
-        sample.prompt,
-        sample.pieces,
-        sample.finalized_at,
-        block_size=recipe.block_size,
-        label=sample.label,
+        prompt,
+        answer.pieces,
+        answer.finalized_at,
+        block_size=answer.block_size,
+        label=answer.label,
         console=console,
-        forwards=sample.forwards,
+        forwards=answer.forwards,
     )
     summary = {"seconds": seconds, "results": [dataclasses.asdict(result) for result in results]}
     (recipe.folder / "report" / "results.json").write_text(json.dumps(summary, indent=2) + "\n")
@@ -72,21 +70,13 @@ def quickstart(recipe: Recipe, *, from_scratch: bool, console: Console) -> None:
     console.print(f"try it: cdlm generate --model={recipe.folder / 'student'} --task=chain --show_steps")
 
 
-@dataclasses.dataclass(frozen=True)
-class Sample:
-    """One decoded problem, for the plot and the player."""
-
-    label: str
-    prompt: str
-    pieces: list[str]
-    finalized_at: np.ndarray
-    forwards: int
-
-
 def report(
     recipe: Recipe, teacher: Checkpoint, student: Checkpoint, console: Console
-) -> tuple[list[MethodResult], list[Sample]]:
-    """Measure every method on the same held-out problems; print the tables, write the plots."""
+) -> tuple[list[MethodResult], tuple[str, Order]]:
+    """Measure every method on the same held-out problems; print the tables, write the plots.
+
+    Returns the results, and one prompt with the order in which the student answered it.
+    """
     encoder = teacher.encoder(recipe.prompt_length, recipe.gen_length)
     problems = heldout_problems(list(recipe.tasks), recipe.heldout_per_task)
 
@@ -95,7 +85,8 @@ def report(
 
     # The truncated teacher gets the student's own budget of forwards, in whole steps per block.
     blocks = recipe.gen_length // recipe.block_size
-    budget = evaluate(student_at(0.9), encoder, problems, batch_size=64).mean_forwards
+    evaluations = {STUDENT: evaluate(student_at(0.9), encoder, problems, batch_size=64)}
+    budget = evaluations[STUDENT].mean_forwards
     steps = blocks * min(recipe.block_size // 2, max(1, round(budget / blocks)))
     methods: dict[str, tuple[str, Decode]] = {
         TEACHER: ("teacher", partial(teacher_decoder(recipe), teacher.model)),
@@ -116,7 +107,7 @@ def report(
     results = []
     for name, (series, decode) in methods.items():
         with console.status(f"{name}: {len(problems)} problems"):
-            found = evaluate(decode, encoder, problems, batch_size=64)
+            found = evaluations.get(name) or evaluate(decode, encoder, problems, batch_size=64)
         median, low, high = (1000 * value for value in spread(seconds[name]))
         results.append(
             MethodResult(
@@ -137,20 +128,16 @@ def report(
     console.print(task_table(results))
     (folder / "results.md").write_text(markdown(results, TEACHER))
     plot_accuracy(results, folder / "accuracy.png", "Held-out accuracy against forward passes")
-    orders = [_sample(name, methods[name][1], encoder, problems[0][1].prompt) for name in (TEACHER, STUDENT)]
-    _plot_orders(orders, recipe.block_size, folder / "order.png")
-    return results, orders
+    prompt = problems[0][1].prompt
+    orders = [_order(name, methods[name][1], encoder, prompt, recipe.block_size) for name in (TEACHER, STUDENT)]
+    plot_order(orders, folder / "order.png", f"When each token of the answer to {prompt} was finalized")
+    return results, (prompt, orders[-1])
 
 
-def _sample(label: str, decode: Decode, encoder: Encoder, prompt: str) -> Sample:
+def _order(label: str, decode: Decode, encoder: Encoder, prompt: str, block_size: int) -> Order:
     prompts, lengths = encoder.prompts([prompt])
     result = decode(jnp.asarray(prompts), jnp.asarray(lengths))
     tokens = np.asarray(result.tokens[0])
     shown = [encoder.tokenizer.id_to_token(token) for token in tokens[: int(result.lengths[0])].tolist()]
     pieces = shown + [""] * (len(tokens) - len(shown))
-    return Sample(label, prompt, pieces, np.asarray(result.finalized_at[0]), int(result.forwards[0]))
-
-
-def _plot_orders(samples: list[Sample], block_size: int, path: Path) -> None:
-    rows = [(s.label, s.pieces, s.finalized_at, s.forwards, block_size) for s in samples]
-    plot_order(rows, path, f"When each token of the answer to {samples[0].prompt} was finalized")
+    return Order(label, pieces, np.asarray(result.finalized_at[0]), int(result.forwards[0]), block_size)

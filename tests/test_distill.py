@@ -215,7 +215,8 @@ def test_online_and_offline_agree_where_a_token_was_finalized(store, monkeypatch
 
 
 ADAMW = OptimizerConfig(name="adamw", learning_rate=1e-2)
-FULL = config_of(batch_size=16, lora_rank=0, optimizer=ADAMW, ema_decay=0.9)
+# A small weight for the answers: this teacher's trajectories have nothing to do with them.
+FULL = config_of(batch_size=16, lora_rank=0, optimizer=ADAMW, ema_decay=0.9, weights=LossWeights(dlm=0.01))
 
 
 @cache
@@ -257,8 +258,7 @@ def test_thirty_steps_lower_the_loss_and_spare_the_teacher(store, config):
     for _ in range(config.steps):
         state, _ = step_of(config)(state, frozen, next(batches))
     _, after = first_step(config, state.trainable, frozen, store)
-    assert after["loss"] < 0.9 * before["loss"]
-    assert after["distill"] < before["distill"] and after["dlm"] < before["dlm"]
+    assert after["loss"] < 0.8 * before["loss"] and after["distill"] < 0.8 * before["distill"], (before, after)
 
     assert_same(STORE_TEACHER, teacher)
     assert_same(frozen, untouched)
