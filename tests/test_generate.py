@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+from unittest.mock import Mock
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,6 @@ from test_checkpoint import BLOCK_SIZE, GEN_LENGTH, tiny_checkpoint
 from cdlm_jax import generate, tasks
 from cdlm_jax.checkpoint import Checkpoint
 from cdlm_jax.cli import main
-from cdlm_jax.config import InputError
 from cdlm_jax.decoding import cdlm, naive
 from cdlm_jax.decoding.common import DecodeResult, response_lengths
 from cdlm_jax.decoding.unmask import Threshold
@@ -245,13 +245,13 @@ def test_show_steps_without_a_tokenizer_shows_ids():
     assert lines[-1].split()[2:4] == ["9", "17"]
 
 
-def test_an_output_that_fails_leaves_no_trace(tmp_path):
-    """The file appears whole, or not at all."""
+def test_the_output_appears_whole_or_not_at_all(tmp_path, monkeypatch):
     answer = generate.Answer(Request([1]), np.array([2]), np.array([0]), length=1, forwards=1, text=None, correct=None)
-    (tmp_path / "folder").mkdir()
-    with pytest.raises(InputError, match="folder"):
-        generate.write_answers(tmp_path / "folder", [answer])
-    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
-    (tmp_path / "out.jsonl").write_text("old")
-    generate.write_answers(tmp_path / "out.jsonl", [answer, answer])
-    assert read_rows(tmp_path / "out.jsonl") == [{"prompt_ids": [1], "tokens": [2], "length": 1, "forwards": 1}] * 2
+    output = tmp_path / "out.jsonl"
+    generate.write_answers(output, [answer, answer])
+    assert read_rows(output) == [{"prompt_ids": [1], "tokens": [2], "length": 1, "forwards": 1}] * 2
+    with monkeypatch.context() as patch:
+        patch.setattr(json, "dumps", Mock(side_effect=["{}", OSError("no space left")]))
+        with pytest.raises(OSError, match="no space left"):
+            generate.write_answers(output, [answer, answer])
+    assert len(read_rows(output)) == 2

@@ -32,6 +32,7 @@ class Checkpoints:
     def save(self, state: TrainState, iterator_state: dict) -> None:
         """Starts an asynchronous save; the arrays are copied before this returns."""
         place = {"settings": self._settings, "iterator": iterator_state}
+        self._checkpointer.wait()  # while a save is under way, Orbax would skip the next one
         self._checkpointer.save_async(int(state.step), _tree(state), custom_metadata=place, overwrite=True)
 
     def restore(self, like: TrainState) -> tuple[TrainState, dict] | None:

@@ -22,7 +22,7 @@ class NonFiniteLoss(InputError):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoopConfig:
-    """`steps` updates. `*_every` counts steps; checkpoints and evaluations come at the end too (0: only there)."""
+    """`steps` updates. `*_every` counts steps; each also happens at the end, with 0 only there."""
 
     steps: int
     checkpoint_every: int = 0
@@ -32,9 +32,13 @@ class LoopConfig:
     def __post_init__(self):
         if self.steps < 1:
             raise InputError(f"steps must be at least 1, got {self.steps}")
-        for name, least in (("checkpoint_every", 0), ("evaluate_every", 0), ("log_every", 1)):
-            if getattr(self, name) < least:
-                raise InputError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        for name in ("checkpoint_every", "evaluate_every", "log_every"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name} must not be negative, got {getattr(self, name)}")
+
+    def due(self, every: int, done: int) -> bool:
+        """Whether something that happens `every` so many steps happens after step `done`."""
+        return done == self.steps or (every > 0 and done % every == 0)
 
 
 def train(
@@ -62,7 +66,7 @@ def train(
     if (restored := checkpoints.restore(state)) is not None:
         state, iterator_state = restored
         iterator.set_state(iterator_state)
-    log = _MetricsLog(folder / "metrics.jsonl", config.log_every, int(state.step))
+    log = _MetricsLog(folder / "metrics.jsonl", config, int(state.step))
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     pending = None  # the metrics of the step before: read only after the next step is under way
     try:
@@ -75,9 +79,8 @@ def train(
                     _read(pending, log, checkpoints)
                 pending = (step, metrics, batch["answer"].size)
                 done = step + 1
-                last = done == config.steps
-                saves = last or (config.checkpoint_every and done % config.checkpoint_every == 0)
-                evaluates = evaluate and (last or (config.evaluate_every and done % config.evaluate_every == 0))
+                saves = config.due(config.checkpoint_every, done)
+                evaluates = evaluate is not None and config.due(config.evaluate_every, done)
                 if saves or evaluates:
                     # A state is used only once its own loss is known to be finite.
                     _read(pending, log, checkpoints)
@@ -104,13 +107,13 @@ def _read(pending: tuple[int, dict, int], log: "_MetricsLog", checkpoints: Check
 
 
 class _MetricsLog:
-    """Averages metrics over `every` steps and writes them as JSON lines; `status` is the latest in a few words.
+    """Averages metrics over `log_every` steps and writes them as JSON lines; `status` is the latest in a few words.
 
     What an earlier run wrote after the checkpoint at step `start` is dropped: those steps are run again.
     """
 
-    def __init__(self, path: Path, every: int, start: int):
-        self._path, self._every = path, every
+    def __init__(self, path: Path, config: LoopConfig, start: int):
+        self._path, self._config = path, config
         if path.exists():
             lines = path.read_text().splitlines(keepends=True)
             path.write_text("".join(line for line in lines if _before(line, start)))
@@ -125,7 +128,7 @@ class _MetricsLog:
         self._sums = {name: self._sums.get(name, 0.0) + value for name, value in values.items()}
         self._count += 1
         self._tokens += tokens
-        if step % self._every == 0:
+        if self._config.due(self._config.log_every, step):
             seconds = time.perf_counter() - self._since
             means = {name: total / self._count for name, total in self._sums.items()}
             speed = {"seconds_per_step": seconds / self._count, "tokens_per_second": self._tokens / seconds}

@@ -71,7 +71,7 @@ def make_train_step(
             # A short memory at first, so that the random initialization is soon forgotten.
             decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
             ema = jax.tree.map(lambda old, new: (decay * old + (1 - decay) * new).astype(old.dtype), ema, trainable)
-        metrics["grad_norm"] = optax.global_norm(grads)
+        metrics["grad_norm"] = optax.tree.norm(grads)
         return TrainState(state.step + 1, trainable, opt_state, ema), metrics
 
     return jax.jit(train_step, donate_argnums=0)
