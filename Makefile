@@ -18,10 +18,10 @@ quickstart: $(PACKAGE_STAMP)
 	$(BIN)/cdlm quickstart
 
 test: $(TEST_STAMP)
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 test-slow: $(TEST_STAMP)
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow
 
 lint: $(TEST_STAMP)
 	$(BIN)/ruff check .

@@ -290,7 +290,8 @@ def decode_plainly(model, prompt, key, config):
         block, step = range(start + first, start + first + BLOCK), 0
         while any(tokens[i] == MASK for i in block):
             logits = np.asarray(logits_of(model, np.array(tokens, np.int32), end))[[i - shift for i in block]]
-            seen, lead = look(logits, config, jax.random.fold_in(key, forwards))
+            step_key = jax.random.fold_in(jax.random.fold_in(key, first // BLOCK), step)
+            seen, lead = look(logits, config, step_key)
             chosen, closest = decide(policy, seen, [tokens[i] == MASK for i in block], step)
             doubt = min([doubt, closest, *(lead[i] for i in chosen)])
             for i in chosen:
@@ -503,6 +504,18 @@ def test_samples_follow_the_key():
     assert len({tuple(row) for row in result.tokens.tolist()}) > 1
 
 
+def test_samples_do_not_depend_on_how_blocks_are_committed():
+    alignment, config = CASES["threshold, sampled"]
+    request = make_request(alignment, 13, [2, 12, 6, 1])
+    merged = quickly(config)(request)
+    separate = quickly(dataclasses.replace(config, merge_commit=False))(request)
+    committed = (merged.finalized_at[:, ::BLOCK] >= 0).sum(axis=1) - 1
+    assert committed.max() > 0
+    again = dataclasses.replace(separate, forwards=merged.forwards, finalized_at=merged.finalized_at)
+    assert differing(request, config, merged, again) == 0
+    np.testing.assert_array_equal(separate.forwards, merged.forwards + committed)
+
+
 def test_samples_follow_the_distribution():
     """Tokens from softmax(logits / T) without the mask token; their probability from the plain softmax with it."""
     temperature, draws, size = 0.5, 4000, 2
@@ -549,6 +562,16 @@ def test_a_model_that_would_predict_the_mask_token(alignment, config):
     np.testing.assert_array_equal(
         result.finalized_at < 0, np.repeat(result.finalized_at[:, ::BLOCK] < 0, BLOCK, axis=1)
     )
+
+
+@pytest.mark.parametrize("alignment, config", CASES.values(), ids=CASES)
+def test_a_model_that_is_not_a_number_ends_too(alignment, config):
+    request = make_request(alignment, 2, [1, 5, 12, 8])
+    head = request.model.lm_head.kernel
+    head[...] = jnp.full_like(head[...], jnp.nan)
+    result = quickly(config)(request)
+    assert not (result.tokens == MASK).any()
+    assert (result.forwards <= GEN + GEN // BLOCK).all()
 
 
 # ---- rows ----------------------------------------------------------------------------------------------------------
@@ -617,6 +640,22 @@ def test_requests_refused(module, prompts, lengths, changes, message):
     config = module.Config(**{"gen_length": GEN, "block_size": BLOCK} | changes)
     with pytest.raises(InputError, match=f"^{message}$"):
         module.generate(TEMPLATES["same_position"], prompts, np.array(lengths), config)
+
+
+@pytest.mark.parametrize("module", [cdlm, naive], ids=["cdlm", "naive"])
+@pytest.mark.parametrize(
+    "key, got",
+    [
+        (jax.random.PRNGKey(0), r"uint32 \(2,\)"),
+        (jax.random.split(jax.random.key(0), 3), r"key<fry> \(3,\)"),
+        (jax.random.split(jax.random.key(0), (2, 2)), r"key<fry> \(2, 2\)"),
+    ],
+    ids=["legacy", "rows", "dimensions"],
+)
+def test_keys_refused(module, key, got):
+    config = module.Config(gen_length=GEN, block_size=BLOCK, temperature=0.5)
+    with pytest.raises(InputError, match=rf"^key must be one jax\.random\.key, or one per row, got {got}$"):
+        module.generate(TEMPLATES["shifted"], PROMPTS, np.array([6, 6]), config, key)
 
 
 def test_random_remasking_without_a_key_is_refused():

@@ -312,15 +312,28 @@ def test_heldout_evaluation(tmp_path):
     assert Counter(line["step"] for line in lines(tmp_path)) == {5: 2, 10: 2}
 
 
-def test_zero_means_at_the_end(uninterrupted, tmp_path):
-    """LoopConfig: `*_every` counts steps, 0 means only at the end."""
+@pytest.mark.parametrize(("every", "at"), [(0, [STEPS]), (4, [4, 8, STEPS])])
+def test_everything_happens_at_the_end_too(uninterrupted, tmp_path, every, at):
     single = logged(uninterrupted(True)[1])
-    run(tmp_path, evaluate=lambda state: {"accuracy": 1.0}, evaluate_every=0, log_every=0, checkpoint_every=0)
-    assert saved(tmp_path) == [STEPS]
-    metrics, heldout = sorted(lines(tmp_path), key=len, reverse=True)
-    assert heldout == {"step": STEPS, "heldout/accuracy": 1.0}
-    assert metrics["step"] == STEPS
-    assert math.isclose(metrics["loss"], np.mean([values["loss"] for values in single.values()]), rel_tol=1e-6)
+
+    def evaluate(state):
+        return {"accuracy": float(state.step)}
+
+    run(tmp_path, evaluate=evaluate, evaluate_every=every, checkpoint_every=every, log_every=every)
+    assert saved(tmp_path) == at[-2:]
+    heldout = [line for line in lines(tmp_path) if "loss" not in line]
+    assert heldout == [{"step": step, "heldout/accuracy": step} for step in at]
+    averaged = {line["step"]: line["loss"] for line in lines(tmp_path) if "loss" in line}
+    assert list(averaged) == at
+    since = [single[step]["loss"] for step in range(at[-2] + 1 if every else 1, STEPS + 1)]
+    assert math.isclose(averaged[STEPS], np.mean(since), rel_tol=1e-6)
+
+
+def test_a_state_that_is_not_a_number_is_not_evaluated(tmp_path):
+    seen = []
+    with pytest.raises(NonFiniteLoss, match="^step 4: "):
+        run(tmp_path, step=poisoned(3), evaluate=lambda state: seen.append(int(state.step)) or {}, evaluate_every=2)
+    assert seen == [2]
 
 
 @pytest.mark.parametrize(

@@ -166,6 +166,17 @@ def test_ties_go_to_the_lowest_position(policy):
     assert chosen(policy, masked=masked, **one_each) == [1]
 
 
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+def test_scores_that_are_not_numbers_still_end_a_block(policy):
+    nothing = np.full((ROWS, SIZE), np.nan, np.float32)
+    candidates = Confidence(np.zeros((ROWS, SIZE), np.int32), nothing, nothing, nothing)
+    masked, step = np.ones((ROWS, SIZE), bool), np.zeros(ROWS, np.int32)
+    for _ in range(SIZE):
+        masked &= ~np.asarray(policy(candidates, masked, step))
+        step += 1
+    assert not masked.any()
+
+
 def test_threshold_is_strict():
     assert chosen(Threshold(0.5), [0.5, 0.25, 0.75, 0.5]) == [2]
     assert chosen(Threshold(0.5), [0.25, 0.5, 0.5, 0.375]) == [1]

@@ -1,6 +1,7 @@
 """Trajectory collection: the teacher decodes one token per step, and each finalizing hidden row is kept."""
 
 import dataclasses
+import math
 from pathlib import Path
 
 import jax
@@ -29,7 +30,7 @@ class CollectConfig:
         for name in ("num_prompts", "batch_size", "shard_size"):
             if getattr(self, name) < 1:
                 raise InputError(f"collect.{name} must be at least 1, got {getattr(self, name)}")
-        if not self.temperatures or min(self.temperatures) < 0:
+        if not self.temperatures or not all(0 <= t < math.inf for t in self.temperatures):
             raise InputError(f"collect.temperatures must be a list of numbers >= 0, got {self.temperatures}")
 
 
