@@ -1,4 +1,18 @@
-"""The tiny recipe."""
+"""The tiny recipe: six tasks in one character model of 1.2 M parameters, on two CPU cores.
+
+The shipped teacher (cdlm_jax/pretrained/tiny_teacher) was trained by
+
+    cdlm pretrain --config=configs/tiny.py            # 7,500 steps of 64, about 0.35 s each: 45 minutes
+    cdlm pretrain --config=configs/tiny.py:finish     # 3,200 more, heavier on what was still weak: 19 minutes
+
+on 2 cores of an AMD EPYC, float32, JAX 0.10.2 (spell_backward and chain_sum: `pip install -e '.[reasoning]'`). Held-out
+accuracy, one token per step, @@N@@ problems each: @@TEACHER@@.
+
+Students of it:
+
+    cdlm collect --config=configs/tiny.py && cdlm distill --config=configs/tiny.py    # @@FULL@@
+    cdlm quickstart                                   # the variant `quick`: two tasks, in about 5 minutes
+"""
 
 from ml_collections import ConfigDict
 

@@ -15,6 +15,7 @@ from cdlm_jax.models import lora
 from cdlm_jax.models.transformer import Transformer
 from cdlm_jax.training.loop import LoopConfig
 from cdlm_jax.training.losses import (
+    LLADA,
     LossWeights,
     consistency_loss,
     distillation_loss,
@@ -40,7 +41,7 @@ class DistillConfig(LoopConfig):
     accumulate: int = 1
     teacher: Literal["offline", "online"] = "offline"
     consistency_scope: str = "later_blocks"
-    weights: LossWeights = LossWeights()
+    weights: LossWeights = LLADA
     optimizer: OptimizerConfig = OptimizerConfig()
     ema_decay: float = 0.0
     lora_rank: int = 32
