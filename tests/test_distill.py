@@ -295,7 +295,8 @@ def test_no_logits_of_whole_responses():
     optimizer = optax.sgd(0.1)
     step = make_train_step(make_loss(graphdef, config, BLOCK), optimizer, seed=0)
     lowered = step.lower(TrainState.create(trainable, optimizer, ema=False), frozen, random_batch())
-    assert largest_array(lowered.compile()) == ROWS * LENGTH * TILE
+    compiled = lowered.compile({"xla_backend_optimization_level": 0})  # of LLVM: what XLA materializes stays the same
+    assert largest_array(compiled) == ROWS * LENGTH * TILE
 
 
 # ---- data ----------------------------------------------------------------------------------------------------------
