@@ -6,12 +6,13 @@ The shipped teacher (cdlm_jax/pretrained/tiny_teacher) was trained by
     cdlm pretrain --config=configs/tiny.py:finish     # 3,200 more, heavier on what was still weak: 19 minutes
 
 on 2 cores of an AMD EPYC, float32, JAX 0.10.2 (spell_backward and chain_sum: `pip install -e '.[reasoning]'`). Held-out
-accuracy, one token per step, 64 problems each: chain 100 %, sudoku4 100 %,
-spell_backward 100 %, sort 95 %, chain_sum 41 %, countdown3 6 %.
+accuracy, one token per step, 64 problems each: chain 100 %, sudoku4 100 %, spell_backward 100 %, sort 95 %,
+chain_sum 41 %, countdown3 6 %.
 
 Students of it:
 
-    cdlm collect --config=configs/tiny.py && cdlm distill --config=configs/tiny.py    # 9 minutes; README.md has the results
+    cdlm collect --config=configs/tiny.py             # 9 minutes with the next; README.md has the results
+    cdlm distill --config=configs/tiny.py
     cdlm quickstart                                   # the variant `quick`: two tasks, in about 5 minutes
 """
 
