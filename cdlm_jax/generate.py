@@ -44,12 +44,15 @@ class Options:
 
     def resolve(self, metadata: dict[str, Any]) -> "Options":
         for name in ("gen_length", "block_size"):
-            if type(metadata.get(name, 1)) is not int:
-                raise InputError(f"config.json: cdlm.{name} must be an integer, got {metadata[name]!r}")
-        role = "cdlm" if metadata.get("role") == "student" else "naive"
+            size = metadata.get(name, 1)
+            if type(size) is not int or size < 1:
+                raise InputError(f"config.json: cdlm.{name} must be a positive integer, got {size!r}")
+        role = metadata.get("role", "teacher")
+        if role not in ("teacher", "student"):
+            raise InputError(f"config.json: cdlm.role must be teacher or student, got {role!r}")
         return dataclasses.replace(
             self,
-            decoder=self.decoder or role,
+            decoder=self.decoder or ("cdlm" if role == "student" else "naive"),
             gen_length=self.gen_length or metadata.get("gen_length", 256),
             block_size=self.block_size or metadata.get("block_size", 32),
         )
@@ -148,7 +151,8 @@ def file_requests(tokenizer: Tokenizer | None, path: Path, *, chat: bool) -> lis
             case {"prompt": str(text)}:
                 requests.append(text_request(tokenizer, text, chat=chat))
             case _:
-                raise InputError(f'{path} line {number}: expected {{"prompt": text}} or {{"prompt_ids": [integers]}}')
+                expected = '{"prompt": text} or {"prompt_ids": [integers]}'
+                raise InputError(f"{path} line {number}: expected {expected}, got {line:.80}")
     if not requests:
         raise InputError(f"{path} holds no prompts")
     return requests
@@ -185,7 +189,8 @@ def _check_ids(ids: list[int], config: ModelConfig, number: int) -> None:
     if bad := [i for i in ids if not 0 <= i < config.vocab_size]:
         raise InputError(f"prompt {number} holds token {bad[0]}, outside the vocabulary 0..{config.vocab_size - 1}")
     if config.mask_token_id in ids:
-        raise InputError(f"prompt {number} holds the mask token {config.mask_token_id}")
+        place = ids.index(config.mask_token_id)
+        raise InputError(f"prompt {number} holds the mask token {config.mask_token_id} at position {place}")
 
 
 def _answer(tokenizer: Tokenizer | None, request: Request, result: DecodeResult, row: int) -> Answer:

@@ -61,7 +61,7 @@ PROMPTS = {
     "no ids": ("generate --model=llada --prompt_ids=", ["prompt", "empty"]),
     "unknown task": ("generate --model=teacher --task=chess", ["unknown task 'chess'", "chain, sudoku4"]),
     "one unknown task of two": ("evaluate --model=teacher --task=chain,chess", ["unknown task 'chess'"]),
-    "too long for the folder": ("evaluate --model=teacher --task=sudoku4", ["17 tokens", "1 to 14"]),
+    "too long for the folder": ("evaluate --model=teacher --task=sudoku4", ["prompt 17", "62 positions"]),
 }
 TEXT = "generate --model=teacher --prompt=1+1="
 OPTIONS = {
