@@ -73,6 +73,10 @@ def _parse(command: str, define: Callable[[flags.FlagValues], None], arguments: 
         print(f"cdlm {command}\n{values.get_help()}")
         return None
     arguments = [command, *map(_underscored, arguments)]
+    for argument in arguments:
+        path = argument.removeprefix("--config=").partition(":")[0]
+        if argument.startswith("--config=") and not Path(path).is_file():
+            raise InputError(f"no config file at {path}")
     try:
         with _program_arguments(arguments):
             rest = values(arguments)[1:]

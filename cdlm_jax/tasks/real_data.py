@@ -48,8 +48,8 @@ def _parse(line: str) -> tuple[str, Problem]:
     """One row -> (task name, problem)."""
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InputError(f"not JSON ({error.msg})") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"not JSON ({error})") from error
     if not isinstance(row, dict) or not all(isinstance(row.get(field), str) for field in ("input", "output")):
         raise InputError("expected an object with the texts 'input' and 'output'")
     source, answer = row["input"], row["output"]
