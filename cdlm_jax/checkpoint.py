@@ -56,4 +56,7 @@ class Checkpoint:
         """For texts; InputError if the folder has no tokenizer."""
         if self.tokenizer is None:
             raise InputError("this model folder has no tokenizer; give token ids instead of text")
+        if prompt_length + gen_length > self.model.config.max_length:
+            sizes = f"prompt_length {prompt_length} + gen_length {gen_length}"
+            raise InputError(f"{sizes} exceeds the model's {self.model.config.max_length} positions")
         return Encoder(self.tokenizer, self.model.config, prompt_length, gen_length)

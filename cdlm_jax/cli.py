@@ -80,11 +80,10 @@ def _parse(command: str, define: Callable[[flags.FlagValues], None], arguments: 
     try:
         with _program_arguments(arguments):
             rest = values(arguments)[1:]
-    except flags.Error as error:
-        raise InputError(_one_line(error)) from error
     except Exception as error:  # a config file is a program, and can raise anything
-        file = next((a.removeprefix("--config=") for a in arguments if a.startswith("--config=")), "the config")
-        raise InputError(f"{file}: {type(error).__name__}: {_one_line(error)}") from error
+        kind = "" if isinstance(error, flags.Error) else f"{type(error).__name__}: "
+        file = next((f"{a.removeprefix('--config=')}: " for a in arguments if a.startswith("--config=")), "")
+        raise InputError(f"{file}{kind}{_one_line(error)}") from error
     if rest:
         raise InputError(f"unexpected argument {rest[0]!r}; flags are given as --name=value")
     return values

@@ -89,6 +89,8 @@ def collect(
         num_records=config.num_prompts * len(config.temperatures),
         shard_size=config.shard_size,
     )
+    for index in range(config.num_prompts):  # a prompt that is too long is refused before anything is written
+        encoder.prompt(problems[index][1].prompt)
     store = Store.create_or_resume(folder, metadata)
 
     def records(indices: list[int], temperature: float) -> list[Record]:
