@@ -41,7 +41,7 @@ class Checkpoints:
         if latest is None:
             return None
         place = latest.custom_metadata or self._checkpointer.metadata(latest.step).custom_metadata
-        for name in self._settings.keys() | place["settings"].keys():
+        for name in sorted(self._settings.keys() | place["settings"].keys()):
             got, expected = place["settings"].get(name), self._settings.get(name)
             if got != expected:
                 raise InputError(
