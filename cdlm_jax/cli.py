@@ -200,15 +200,15 @@ def _quickstart(values: flags.FlagValues) -> None:
 
 def _generate(values: flags.FlagValues) -> None:
     from cdlm_jax import generate
-    from cdlm_jax.checkpoint import Checkpoint
+    from cdlm_jax.model_folder import ModelFolder
 
     sources = [name for name in ("prompt", "prompt_ids", "task", "input") if values[name].value is not None]
     if len(sources) != 1:
         got = ", ".join(sources) or "none"
         raise InputError(f"give exactly one of --prompt, --prompt_ids, --task, --input; got {got}")
-    checkpoint, options = Checkpoint.load(values.model), _options(values)
-    options = options.resolve(checkpoint.metadata)
-    tokenizer = checkpoint.tokenizer
+    folder, options = ModelFolder.load(values.model), _options(values)
+    options = options.resolve(folder.metadata)
+    tokenizer = folder.tokenizer
     match sources[0]:
         case "prompt":
             requests = [generate.text_request(tokenizer, values.prompt, chat=values.chat)]
@@ -219,7 +219,7 @@ def _generate(values: flags.FlagValues) -> None:
         case "input":
             requests = generate.file_requests(tokenizer, Path(values.input), chat=values.chat)
     generate.run(
-        checkpoint,
+        folder,
         requests,
         options,
         batch_size=values.batch_size,
@@ -230,23 +230,23 @@ def _generate(values: flags.FlagValues) -> None:
 
 
 def _evaluate(values: flags.FlagValues) -> None:
-    from cdlm_jax import generate
-    from cdlm_jax.checkpoint import Checkpoint
+    from cdlm_jax import evaluate
+    from cdlm_jax.model_folder import ModelFolder
 
     if not values.task and not values.data:
         raise InputError("give --task=names, --data=files, or both")
-    checkpoint = Checkpoint.load(values.model)
-    options = _options(values).resolve(checkpoint.metadata)
-    groups = generate.problem_groups(values.task or [], values.num, [Path(path) for path in values.data or []])
-    _console().print(generate.score(checkpoint, groups, options, values.batch_size))
+    folder = ModelFolder.load(values.model)
+    options = _options(values).resolve(folder.metadata)
+    groups = evaluate.problem_groups(values.task or [], values.num, [Path(path) for path in values.data or []])
+    _console().print(evaluate.score(folder, groups, options, values.batch_size))
 
 
 def _export(values: flags.FlagValues) -> None:
-    from cdlm_jax.checkpoint import Checkpoint
+    from cdlm_jax.model_folder import ModelFolder
 
     if values.model is None or values.output is None:
         raise InputError("give --model and --output")
-    Checkpoint.load(values.model).save(values.output, dtype=values.dtype)
+    ModelFolder.load(values.model).save(values.output, dtype=values.dtype)
     print(f"wrote {values.output}")
 
 

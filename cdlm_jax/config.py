@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
+from numbers import Integral
 from typing import Literal, get_args, get_origin
 
 from ml_collections import ConfigDict
@@ -57,6 +58,11 @@ class ModelConfig:
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_heads
+
+
+def is_count(value) -> bool:
+    """Whether it is a positive integer."""
+    return isinstance(value, Integral) and value >= 1
 
 
 def build(cls, section, name: str):

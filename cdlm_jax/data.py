@@ -56,8 +56,8 @@ class ProblemMixture:
     seed: int
 
     def __post_init__(self):
-        if not self.weights or min(self.weights.values()) < 0 or not sum(self.weights.values()) > 0:
-            raise InputError(f"task weights must be non-negative and not all zero, got {dict(self.weights)}")
+        if not self.weights or min(self.weights.values()) < 0 or not 0 < sum(self.weights.values()) < np.inf:
+            raise InputError(f"task weights must be finite, not negative and not all zero, got {dict(self.weights)}")
         for name in self.weights:
             tasks.get(name)  # an unknown task, or one whose package is missing, is named now
 

@@ -11,23 +11,21 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from cdlm_jax import tasks
-from cdlm_jax.checkpoint import Checkpoint
 from cdlm_jax.config import InputError, ModelConfig
 from cdlm_jax.decoding import cdlm, naive
 from cdlm_jax.decoding.common import DecodeResult
 from cdlm_jax.decoding.unmask import Threshold
 from cdlm_jax.evaluation.harness import NamedProblem, heldout_problems
 from cdlm_jax.evaluation.player import play
-from cdlm_jax.tasks import real_data
+from cdlm_jax.model_folder import ModelFolder
 from cdlm_jax.tokenizers import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """How to decode. None takes what the model folder says (`Checkpoint.metadata`), else the default in brackets.
+    """How to decode. None takes what the model folder says (`ModelFolder.metadata`), else the default in brackets.
 
     decoder: cdlm for a block-causal student, naive for a bidirectional teacher [naive]; gen_length [256]; block_size
     [32]; threshold: confidence above which tokens are finalized together [cdlm: 0.9, naive: one token per step];
@@ -161,9 +159,9 @@ def file_requests(tokenizer: Tokenizer | None, path: Path, *, chat: bool) -> lis
 # ---- answers -------------------------------------------------------------------------------------------------------
 
 
-def answers(checkpoint: Checkpoint, requests: Sequence[Request], options: Options, batch_size: int) -> Iterator[Answer]:
+def answers(folder: ModelFolder, requests: Sequence[Request], options: Options, batch_size: int) -> Iterator[Answer]:
     """Decode in batches of equal shape, in order. `options` must be resolved."""
-    config, generate = checkpoint.model.config, options.bind()
+    config, generate = folder.model.config, options.bind()
     for number, request in enumerate(requests):
         _check_ids(request.ids, config, number)
     width = max(len(request.ids) for request in requests)
@@ -176,10 +174,10 @@ def answers(checkpoint: Checkpoint, requests: Sequence[Request], options: Option
         lengths = [len(request.ids) for request in padded]
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, start + jnp.arange(rows))
         result = jax.device_get(
-            generate(checkpoint.model, jnp.asarray(prompts, jnp.int32), jnp.asarray(lengths, jnp.int32), keys)
+            generate(folder.model, jnp.asarray(prompts, jnp.int32), jnp.asarray(lengths, jnp.int32), keys)
         )
         for row, request in enumerate(batch):
-            yield _answer(checkpoint.tokenizer, request, result, row)
+            yield _answer(folder.tokenizer, request, result, row)
 
 
 def _check_ids(ids: list[int], config: ModelConfig, number: int) -> None:
@@ -203,9 +201,9 @@ def _answer(tokenizer: Tokenizer | None, request: Request, result: DecodeResult,
     return Answer(request, tokens, result.finalized_at[row], length, int(result.forwards[row]), text, correct)
 
 
-def show_steps(checkpoint: Checkpoint, answer: Answer, options: Options, console: Console) -> None:
+def show_steps(folder: ModelFolder, answer: Answer, options: Options, console: Console) -> None:
     """Play the refinement of one answer in the terminal."""
-    tokenizer = checkpoint.tokenizer
+    tokenizer = folder.tokenizer
     pieces = [f"{token} " if tokenizer is None else tokenizer.id_to_token(token) for token in answer.tokens.tolist()]
     pieces = [piece if place < answer.length else "" for place, piece in enumerate(pieces)]
     play(
@@ -239,7 +237,7 @@ def _check_writable(path: Path) -> None:
 
 
 def run(
-    checkpoint: Checkpoint,
+    folder: ModelFolder,
     requests: Sequence[Request],
     options: Options,
     *,
@@ -252,10 +250,10 @@ def run(
     found = []
     if output is not None:
         _check_writable(output)
-    for answer in answers(checkpoint, requests, options, batch_size):
+    for answer in answers(folder, requests, options, batch_size):
         found.append(answer)
         if steps_shown:
-            show_steps(checkpoint, answer, options, console)
+            show_steps(folder, answer, options, console)
         elif output is None:
             _print(answer, console)
     if output is not None:
@@ -271,33 +269,3 @@ def _print(answer: Answer, console: Console) -> None:
     console.print(
         f"[dim]  {answer.length} tokens, {answer.forwards} forwards[/]{verdict}", soft_wrap=True, highlight=False
     )
-
-
-# ---- scores --------------------------------------------------------------------------------------------------------
-
-
-def problem_groups(names: Sequence[str], count: int, files: Sequence[Path]) -> dict[str, list[NamedProblem]]:
-    """Held-out problems of the named tasks, and the problems of files of real data, each group under its name."""
-    groups = {name: heldout_problems([name], count) for name in names}
-    for path in files:
-        task, problems = real_data.load(path)
-        groups[path.name] = [(task.name, problem) for problem in problems]
-    return groups
-
-
-def score(checkpoint: Checkpoint, groups: dict[str, list[NamedProblem]], options: Options, batch_size: int) -> Table:
-    """Accuracy and forwards of every group. `options` must be resolved."""
-    table = Table("problems", "number", "accuracy", "forwards", "tokens/forward", header_style="bold")
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for name, group in groups.items():
-        found = list(answers(checkpoint, problem_requests(checkpoint.tokenizer, group), options, batch_size))
-        forwards = sum(answer.forwards for answer in found)
-        table.add_row(
-            name,
-            str(len(found)),
-            f"{100 * sum(answer.correct for answer in found) / len(found):.1f} %",
-            f"{forwards / len(found):.2f}",
-            f"{sum(answer.length for answer in found) / forwards:.2f}",
-        )
-    return table

@@ -10,13 +10,13 @@ import numpy as np
 from rich.console import Console
 
 from cdlm_jax import recipe as stages
-from cdlm_jax.checkpoint import Checkpoint
 from cdlm_jax.config import InputError
 from cdlm_jax.data import Encoder
 from cdlm_jax.decoding.unmask import Threshold
 from cdlm_jax.evaluation.harness import Decode, evaluate, heldout_problems, latencies, spread
 from cdlm_jax.evaluation.player import play
 from cdlm_jax.evaluation.report import MethodResult, Order, markdown, plot_accuracy, plot_order, table, task_table
+from cdlm_jax.model_folder import ModelFolder
 from cdlm_jax.recipe import Recipe, student_decoder, teacher_decoder
 
 TEACHER = "teacher, 1 token per step"
@@ -45,7 +45,7 @@ def quickstart(recipe: Recipe, *, from_scratch: bool, console: Console) -> None:
         recipe = dataclasses.replace(recipe, teacher=str(recipe.folder / "teacher"))
     else:
         console.rule("1  teacher: the bidirectional diffusion model shipped with the package")
-    teacher = Checkpoint.load(recipe.teacher)
+    teacher = ModelFolder.load(recipe.teacher)
     console.rule("2  collect its trajectories: one token per step, final hidden rows kept")
     timed("trajectories", stages.collect, recipe)
     console.rule("3  distill a block-causal student")
@@ -71,7 +71,7 @@ def quickstart(recipe: Recipe, *, from_scratch: bool, console: Console) -> None:
 
 
 def report(
-    recipe: Recipe, teacher: Checkpoint, student: Checkpoint, console: Console
+    recipe: Recipe, teacher: ModelFolder, student: ModelFolder, console: Console
 ) -> tuple[list[MethodResult], tuple[str, Order]]:
     """Measure every method on the same held-out problems; print the tables, write the plots.
 

@@ -9,13 +9,13 @@ import jax
 from flax import nnx
 
 from cdlm_jax import tasks
-from cdlm_jax.checkpoint import Checkpoint
 from cdlm_jax.config import InputError, ModelConfig
 from cdlm_jax.data import Encoder, ProblemMixture, problem_batches
 from cdlm_jax.decoding import cdlm, naive
 from cdlm_jax.decoding.common import check_blocks
 from cdlm_jax.decoding.unmask import Threshold
 from cdlm_jax.evaluation.harness import evaluate, heldout_problems
+from cdlm_jax.model_folder import ModelFolder
 from cdlm_jax.models.hf import fingerprint
 from cdlm_jax.models.lora import merge
 from cdlm_jax.models.transformer import Transformer
@@ -96,10 +96,10 @@ class Recipe:
         return {"role": role, "tasks": list(self.tasks)} | {name: getattr(self, name) for name in names}
 
 
-def pretrain(recipe: Recipe) -> Checkpoint:
+def pretrain(recipe: Recipe) -> ModelFolder:
     """Train a bidirectional teacher on the mixture; writes `work/teacher`."""
     config = recipe.pretrain
-    start = Checkpoint.load(recipe.init) if recipe.init else untrained(recipe)
+    start = ModelFolder.load(recipe.init) if recipe.init else untrained(recipe)
     encoder = start.encoder(recipe.prompt_length, recipe.gen_length)
     settings = recipe.settings("model", "pretrain") | {"init": fingerprint(start.model) if recipe.init else ""}
     graphdef, trainable, rest = nnx.split(start.model, nnx.Param, ...)
@@ -117,12 +117,12 @@ def pretrain(recipe: Recipe) -> Checkpoint:
         label="teacher",
         evaluate=_heldout(recipe, encoder, partial(_merged, graphdef, rest), teacher_decoder(recipe)),
     )
-    teacher = Checkpoint(_merged(graphdef, rest, state), start.tokenizer, recipe.metadata("teacher"))
+    teacher = ModelFolder(_merged(graphdef, rest, state), start.tokenizer, recipe.metadata("teacher"))
     teacher.save(recipe.folder / "teacher", replace=True)
     return teacher
 
 
-def untrained(recipe: Recipe) -> Checkpoint:
+def untrained(recipe: Recipe) -> ModelFolder:
     """A character model of the recipe's shape with random weights."""
     tokenizer = Tokenizer.characters(tasks.CHARACTERS)
     eos = tokenizer.token_to_id("<eos>")
@@ -134,12 +134,12 @@ def untrained(recipe: Recipe) -> Checkpoint:
         max_length=recipe.prompt_length + recipe.gen_length,
         **dataclasses.asdict(recipe.model),
     )
-    return Checkpoint(Transformer(config, rngs=nnx.Rngs(recipe.seed)), tokenizer, recipe.metadata("teacher"))
+    return ModelFolder(Transformer(config, rngs=nnx.Rngs(recipe.seed)), tokenizer, recipe.metadata("teacher"))
 
 
 def collect(recipe: Recipe) -> None:
     """Decode the mixture with the teacher; fills the store `work/trajectories`, continuing an interrupted one."""
-    teacher = Checkpoint.load(recipe.teacher)
+    teacher = ModelFolder.load(recipe.teacher)
     collect_trajectories(
         teacher.model,
         teacher.encoder(recipe.prompt_length, recipe.gen_length),
@@ -151,10 +151,10 @@ def collect(recipe: Recipe) -> None:
     )
 
 
-def distill(recipe: Recipe) -> Checkpoint:
+def distill(recipe: Recipe) -> ModelFolder:
     """Train the block-causal student on `work/trajectories`; writes `work/student`, adapters merged."""
     config = recipe.distill
-    teacher = Checkpoint.load(recipe.teacher)
+    teacher = ModelFolder.load(recipe.teacher)
     encoder = teacher.encoder(recipe.prompt_length, recipe.gen_length)
     trajectories = read(
         recipe.folder / "trajectories",
@@ -185,9 +185,9 @@ def distill(recipe: Recipe) -> Checkpoint:
     )
     student = merge(_merged(graphdef, frozen.student, state))
     student = jax.tree.map(lambda x, like: x.astype(like.dtype), student, teacher.model)
-    checkpoint = Checkpoint(student, teacher.tokenizer, recipe.metadata("student"))
-    checkpoint.save(recipe.folder / "student", replace=True)
-    return checkpoint
+    folder = ModelFolder(student, teacher.tokenizer, recipe.metadata("student"))
+    folder.save(recipe.folder / "student", replace=True)
+    return folder
 
 
 def teacher_decoder(recipe: Recipe, **options) -> Callable:

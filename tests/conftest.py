@@ -16,7 +16,7 @@ class Case(NamedTuple):
     id: str
     family: str
     kind: str
-    model: Path
+    model: Path | None
     args: dict[str, Any]
     tolerance: dict[str, float]
     arrays: dict[str, np.ndarray]
@@ -32,7 +32,8 @@ def load_case(case_id: str) -> Case:
     with np.load(GOLDEN / entry["file"]) as file:
         arrays = dict(file)
     tolerance = entry.get("tolerance", {})
-    return Case(case_id, entry["family"], entry["kind"], GOLDEN / entry["model"], entry["args"], tolerance, arrays)
+    model = entry["model"] and GOLDEN / entry["model"]
+    return Case(case_id, entry["family"], entry["kind"], model, entry["args"], tolerance, arrays)
 
 
 def _manifest() -> dict[str, dict[str, Any]]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import GOLDEN
 from safetensors.numpy import load_file, save_file
-from test_checkpoint import contents, tiny_checkpoint
+from test_model_folder import contents, tiny_folder
 from test_recipe import SETTINGS, write_config
 
 from cdlm_jax.cli import COMMANDS, main
@@ -168,7 +168,7 @@ def world(tmp_path_factory):
 
 def _models() -> None:
     for seed, name in enumerate(("teacher", "other")):
-        tiny_checkpoint(seed).save(Path(name))
+        tiny_folder(seed).save(Path(name))
     for name in ("garbled", "gpt2", "truncated", "headless", "odd_size", "odd_role"):
         shutil.copytree("teacher", name)
     shutil.copytree(GOLDEN / "llada" / "model", "llada")
@@ -302,7 +302,7 @@ def test_interruption(world, monkeypatch, capsys):
         raise KeyboardInterrupt
 
     monkeypatch.chdir(world)
-    monkeypatch.setattr("cdlm_jax.checkpoint.load_model", interrupt)
+    monkeypatch.setattr("cdlm_jax.model_folder.load_model", interrupt)
     assert main(shlex.split(TEXT)) == 130
     assert capsys.readouterr().err.startswith("cdlm generate: interrupted")
 

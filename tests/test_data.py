@@ -96,10 +96,11 @@ def test_problems_stay_in_their_split(split):
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
-        ({}, "task weights must be non-negative and not all zero"),
-        ({"sort": 0.0}, "task weights must be non-negative and not all zero"),
-        ({"sort": 1.0, "chain": -0.5}, "task weights must be non-negative and not all zero"),
-        ({"sort": float("nan")}, "task weights must be non-negative and not all zero"),
+        ({}, "task weights must be finite, not negative and not all zero"),
+        ({"sort": 0.0}, "task weights must be finite, not negative and not all zero"),
+        ({"sort": 1.0, "chain": -0.5}, "task weights must be finite, not negative and not all zero"),
+        ({"sort": float("nan")}, "task weights must be finite, not negative and not all zero"),
+        ({"sort": float("inf")}, "task weights must be finite, not negative and not all zero"),
         ({"sorting": 1.0}, "unknown task 'sorting'; tasks are "),
     ],
 )

@@ -620,6 +620,7 @@ def with_token(token, row, place):
         (PROMPTS, [7, 6], {}, r"prompt lengths must be in 1\.\.6, got 6\.\.7"),
         (PROMPTS, [-1, 6], {}, r"prompt lengths must be in 1\.\.6, got -1\.\.6"),
         (PROMPTS, [6], {}, r"prompts must be \[rows, P_max\] and prompt_lengths \[rows\], got \(2, 6\) and \(1,\)"),
+        (PROMPTS[:0], [], {}, "there are no prompts: prompts has 0 rows"),
         (PROMPTS[0], [6], {}, r"prompts must be \[rows, P_max\] and prompt_lengths \[rows\], got \(6,\) and \(1,\)"),
         (
             PROMPTS,
@@ -681,7 +682,7 @@ def test_shapes_are_refused_inside_a_callers_jit_too():
                 f"gen_length {length} must be a positive multiple of block_size {size}",
             )
             for make in (student, teacher)
-            for length, size in ((10, 4), (0, 4), (4, 0), (-4, 4), (4, -4), (4, 8))
+            for length, size in ((10, 4), (0, 4), (4, 0), (-4, 4), (4, -4), (4, 8), (8.0, 4), (8, 4.0))
         ),
         *(
             (
@@ -692,6 +693,10 @@ def test_shapes_are_refused_inside_a_callers_jit_too():
             for steps in (0, -3, 4, 15)
         ),
         (teacher, {"steps": 6, "unmask": Threshold(0.5)}, r"give either steps or an unmask policy, got steps 6 and .*"),
+        *(
+            (make, {"unmask": 0.9}, r"unmask must be a policy such as Threshold\(0\.9\), got 0\.9")
+            for make in (student, teacher)
+        ),
         (teacher, {"remasking": "high"}, "remasking must be low_confidence or random, got 'high'"),
         (teacher, {"cfg_scale": -1.0}, r"cfg_scale must be 0 or more, got -1\.0"),
         (teacher, {"cfg_scale": math.nan}, "cfg_scale must be 0 or more, got nan"),

@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 from conftest import GOLDEN, load_case
 from rich.console import Console
-from test_checkpoint import BLOCK_SIZE, GEN_LENGTH, tiny_checkpoint
+from test_model_folder import BLOCK_SIZE, GEN_LENGTH, tiny_folder
 
-from cdlm_jax import generate, tasks
-from cdlm_jax.checkpoint import Checkpoint
+from cdlm_jax import evaluate, generate, tasks
 from cdlm_jax.cli import main
 from cdlm_jax.decoding import cdlm, naive
 from cdlm_jax.decoding.common import DecodeResult, response_lengths
 from cdlm_jax.decoding.unmask import Threshold
 from cdlm_jax.generate import Options, Request
+from cdlm_jax.model_folder import ModelFolder
 from cdlm_jax.tokenizers import Tokenizer
 
 GEN, BLOCK = 32, 8  # of the golden decodes
@@ -48,7 +48,7 @@ GOLDEN_DECODES = {
 @pytest.fixture(scope="session")
 def teacher(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "teacher"
-    tiny_checkpoint().save(folder)
+    tiny_folder().save(folder)
     return folder
 
 
@@ -80,7 +80,7 @@ def test_golden_folders_with_token_ids_in_and_out(case_id, tmp_path):
     width = len(golden) + 3
     padded = np.array([ids + [501] * (width - len(ids)) for ids in prompts], np.int32)
     lengths = np.array([len(ids) for ids in prompts], np.int32)
-    expected = jax.device_get(decode(Checkpoint.load(case.model).model, padded, lengths, config))
+    expected = jax.device_get(decode(ModelFolder.load(case.model).model, padded, lengths, config))
     np.testing.assert_array_equal([row["tokens"] for row in found], expected.tokens)
     assert [row["length"] for row in found] == expected.lengths.tolist()
     assert [row["forwards"] for row in found] == expected.forwards.tolist()
@@ -93,12 +93,12 @@ def test_golden_folders_with_token_ids_in_and_out(case_id, tmp_path):
 
 def test_samples_do_not_depend_on_the_batch():
     """A sample belongs to its place in the list of requests and to the seed."""
-    checkpoint = Checkpoint.load(GOLDEN / "dream" / "model")
+    model_folder = ModelFolder.load(GOLDEN / "dream" / "model")
     requests = [Request([3, 4, 5]), Request([6]), Request([3, 4, 5])]
     options = Options(decoder="cdlm", gen_length=16, block_size=8, temperature=0.8, seed=5)
 
     def tokens(options, batch_size):
-        return [answer.tokens.tolist() for answer in generate.answers(checkpoint, requests, options, batch_size)]
+        return [answer.tokens.tolist() for answer in generate.answers(model_folder, requests, options, batch_size)]
 
     alone = tokens(options, 1)
     assert alone == tokens(options, 3)
@@ -110,9 +110,9 @@ def test_samples_do_not_depend_on_the_batch():
 
 
 def test_the_folder_says_how_it_is_decoded():
-    student = Options(threshold=0.7, gen_length=64).resolve(tiny_checkpoint(role="student").metadata)
+    student = Options(threshold=0.7, gen_length=64).resolve(tiny_folder(role="student").metadata)
     assert student == Options(decoder="cdlm", gen_length=64, block_size=BLOCK_SIZE, threshold=0.7)
-    assert Options().resolve(tiny_checkpoint().metadata).decoder == "naive"
+    assert Options().resolve(tiny_folder().metadata).decoder == "naive"
     assert Options().resolve({}) == Options(decoder="naive", gen_length=256, block_size=32)
 
 
@@ -122,7 +122,7 @@ def test_the_folder_says_how_it_is_decoded():
 @pytest.fixture
 def expert(monkeypatch):
     """Puts a decoder in place of the teacher's that solves a chain if its value is even and else says its prompt."""
-    tokenizer = tiny_checkpoint().tokenizer
+    tokenizer = tiny_folder().tokenizer
 
     def generate_(model, prompts, lengths, config, key):
         rows = []
@@ -176,7 +176,7 @@ def test_evaluate_reads_real_data(tmp_path, expert, monkeypatch):
     """Files of another task than the model was trained on are scored by that task."""
     row = {"input": "15,44,79,50", "output": "44-15=29,79-29=50"}
     path = write_rows(tmp_path / "countdown.jsonl", [row, row])
-    groups = generate.problem_groups([], 1, [path])
+    groups = evaluate.problem_groups([], 1, [path])
     assert list(groups) == ["countdown.jsonl"]
     (name, problem), _ = groups["countdown.jsonl"]
     assert (name, problem.prompt, problem.answer) == ("countdown3", "15,44,79>50", row["output"])
@@ -187,11 +187,11 @@ def test_evaluate_reads_real_data(tmp_path, expert, monkeypatch):
 
 @pytest.fixture(scope="session")
 def chat_folder(tmp_path_factory):
-    checkpoint = tiny_checkpoint()
+    model_folder = tiny_folder()
     template = "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}={% endif %}"
-    tokenizer = dataclasses.replace(checkpoint.tokenizer, chat_template=template)
+    tokenizer = dataclasses.replace(model_folder.tokenizer, chat_template=template)
     folder = tmp_path_factory.mktemp("models") / "chat"
-    dataclasses.replace(checkpoint, tokenizer=tokenizer).save(folder)
+    dataclasses.replace(model_folder, tokenizer=tokenizer).save(folder)
     return folder
 
 
@@ -202,12 +202,12 @@ def test_chat_template(chat_folder, tmp_path, flag, sent):
     assert main(["generate", *files, flag, "--decoder=cdlm"]) == 0
     (row,) = read_rows(output)
     assert row["prompt"] == "1+1", "the record shows what the user wrote"
-    assert row["prompt_ids"] == tiny_checkpoint().tokenizer.encode(sent)
+    assert row["prompt_ids"] == tiny_folder().tokenizer.encode(sent)
 
 
 def test_tasks_never_use_the_chat_template(chat_folder):
-    (request,) = generate.task_requests(Checkpoint.load(chat_folder).tokenizer, "chain", 1)
-    assert request.ids == tiny_checkpoint().tokenizer.encode(request.problem[1].prompt)
+    (request,) = generate.task_requests(ModelFolder.load(chat_folder).tokenizer, "chain", 1)
+    assert request.ids == tiny_folder().tokenizer.encode(request.problem[1].prompt)
 
 
 def test_lines_end_at_line_feeds_only(tmp_path):
@@ -228,7 +228,7 @@ def test_show_steps_prints_a_line_per_forward_where_there_is_no_terminal(teacher
 
 
 def test_show_steps_without_a_tokenizer_shows_ids():
-    checkpoint = Checkpoint.load(GOLDEN / "llada" / "model")
+    model_folder = ModelFolder.load(GOLDEN / "llada" / "model")
     answer = generate.Answer(
         Request([3, 4]),
         np.array([9, 17, 501, 501]),
@@ -239,7 +239,7 @@ def test_show_steps_without_a_tokenizer_shows_ids():
         correct=None,
     )
     out = io.StringIO()
-    generate.show_steps(checkpoint, answer, Options(decoder="cdlm", block_size=2), Console(file=out, width=80))
+    generate.show_steps(model_folder, answer, Options(decoder="cdlm", block_size=2), Console(file=out, width=80))
     lines = out.getvalue().splitlines()
     assert lines[0] == "cdlm, block size 2  3 4"
     assert lines[-1].split()[2:4] == ["9", "17"]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_checkpoint import GEN_LENGTH, tiny_checkpoint
+from test_model_folder import GEN_LENGTH, tiny_folder
 
 from cdlm_jax import tasks
 from cdlm_jax.decoding.common import DecodeResult
@@ -20,7 +20,7 @@ WRONG = {1, 2, 6}  # of PROBLEMS
 
 @pytest.fixture(scope="module")
 def encoder():
-    return tiny_checkpoint().encoder(prompt_length=24, gen_length=GEN_LENGTH - 10)
+    return tiny_folder().encoder(prompt_length=24, gen_length=GEN_LENGTH - 10)
 
 
 class Scripted:

@@ -159,9 +159,9 @@ def test_a_run_of_other_settings_is_refused(uninterrupted, tmp_path):
     shutil.copytree(folder, tmp_path / "run")
     for settings, message in (
         (SETTINGS | {"seed": 2}, "holds checkpoints of another run: seed is 1 there, 2 here"),
-        (SETTINGS | {"distill": {"steps": 5}}, r"distill is \{'steps': 10, .*\} there, \{'steps': 5\} here"),
+        (SETTINGS | {"distill": {"steps": 5}}, r"distill\.steps is 10 there, 5 here"),
         (SETTINGS | {"teacher": "x"}, "teacher is None there, 'x' here"),
-        ({"seed": 1}, r"distill is \{'steps': 10, .*\} there, None here"),
+        ({"seed": 1}, r"distill\.\w+ is .* there, None here"),
     ):
         with pytest.raises(InputError, match=message):
             train(

@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 from rich.console import Console
-from test_checkpoint import BLOCK_SIZE, GEN_LENGTH, PROMPT_LENGTH, contents, tiny_checkpoint
+from test_model_folder import BLOCK_SIZE, GEN_LENGTH, PROMPT_LENGTH, contents, tiny_folder
 
 from cdlm_jax import recipe as stages
-from cdlm_jax.checkpoint import Checkpoint
 from cdlm_jax.cli import main
 from cdlm_jax.config import build
+from cdlm_jax.model_folder import ModelFolder
 from cdlm_jax.quickstart import quickstart
 from cdlm_jax.recipe import Recipe
 from cdlm_jax.trajectories import collect as collecting
@@ -97,7 +97,7 @@ def continued(finished: Path, work: Path) -> Recipe:
 
 
 def test_pretraining(finished):
-    teacher = Checkpoint.load(finished / "teacher")
+    teacher = ModelFolder.load(finished / "teacher")
     assert teacher.metadata == {
         "role": "teacher",
         "tasks": ["chain"],
@@ -105,7 +105,7 @@ def test_pretraining(finished):
         "gen_length": GEN_LENGTH,
         "block_size": BLOCK_SIZE,
     }
-    assert teacher.tokenizer.fingerprint() == tiny_checkpoint().tokenizer.fingerprint()
+    assert teacher.tokenizer.fingerprint() == tiny_folder().tokenizer.fingerprint()
     assert teacher.model.config.max_length == PROMPT_LENGTH + GEN_LENGTH
     rows = metrics(finished / "pretrain")
     assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4]
@@ -127,7 +127,7 @@ def test_trajectories(finished):
 
 
 def test_the_student_is_a_model_folder(finished, capsys):
-    teacher, student = (Checkpoint.load(finished / role) for role in ("teacher", "student"))
+    teacher, student = (ModelFolder.load(finished / role) for role in ("teacher", "student"))
     assert student.metadata == {**teacher.metadata, "role": "student"}
     same = {"source": ""}  # but the text of config.json; adapters are merged
     assert dataclasses.replace(student.model.config, **same) == dataclasses.replace(teacher.model.config, **same)
@@ -225,7 +225,8 @@ def test_quickstart(tmp_path):
             make_recipe(tmp_path / "run", heldout_per_task=3), from_scratch=True, console=Console(file=file, width=120)
         )
     printed = (tmp_path / "printed.txt").read_text()
-    folder = tmp_path / "run" / "report"
+    work = tmp_path / "run" / "from_scratch"
+    folder = work / "report"
     assert {path.name for path in folder.iterdir()} == {"results.json", "results.md", "accuracy.png", "order.png"}
     summary = json.loads((folder / "results.json").read_text())
     assert list(summary["seconds"]) == ["teacher", "trajectories", "student", "report"]
@@ -239,7 +240,7 @@ def test_quickstart(tmp_path):
     assert summary["results"][0]["forwards"] == GEN_LENGTH
     assert all((folder / name).read_bytes().startswith(b"\x89PNG") for name in ("accuracy.png", "order.png"))
     assert "\nforward " in printed
-    assert f"cdlm generate --model={tmp_path / 'run' / 'student'}" in printed.replace("\n", "")
+    assert f"cdlm generate --model={work / 'student'}" in printed.replace("\n", "")
 
 
 # A process that is going to be killed dies at one of these moments:
@@ -254,7 +255,7 @@ LAST_PRODUCT = {"collect": "dataset_info.json", "distill": "student"}
 @pytest.mark.parametrize("command", ["collect", "distill"])
 def test_killed_at_random_moments(command, tmp_path):
     """Whatever the moments, the run that ends at last leaves the same files as one that was never killed."""
-    tiny_checkpoint().save(tmp_path / "teacher")
+    tiny_folder().save(tmp_path / "teacher")
     sizes = {
         "collect": {**SETTINGS["collect"], "num_prompts": 60, "shard_size": 5},
         "distill": {**SETTINGS["distill"], "steps": 24},
@@ -268,20 +269,23 @@ def test_killed_at_random_moments(command, tmp_path):
 
     def live(command: str, work: str, ends) -> bool:
         """Run the command, until ends(seconds, changes, names) says to kill it. Whether it was killed."""
-        names = lambda: sorted(str(path) for path in (tmp_path / work).rglob("*"))  # noqa: E731
+
+        def names() -> list[str]:
+            return sorted(f"{folder}/{name}" for folder, *lists in os.walk(tmp_path / work) for name in sum(lists, []))
+
         line = [sys.executable, "-m", "cdlm_jax", command, f"--config={config}", f"--config.work={work}"]
         with (tmp_path / "log").open("wb") as log:
             process = subprocess.Popen(
                 line, cwd=tmp_path, env=os.environ | compiled, stdout=log, stderr=subprocess.STDOUT
             )
         begin, before, changes = time.monotonic(), names(), 0
-        while process.poll() is None:
-            now = names()
-            changes += now != before
-            before = now
-            if ends(time.monotonic() - begin, changes, now):
-                process.kill()
-            else:
+        with process:
+            while process.poll() is None:
+                now = names()
+                changes += now != before
+                before = now
+                if ends(time.monotonic() - begin, changes, now):
+                    process.kill()
                 time.sleep(0.001)
         assert process.returncode in (0, -signal.SIGKILL), (tmp_path / "log").read_text()
         return process.returncode != 0

@@ -79,6 +79,15 @@ def test_the_average_of_parameters():
     assert np.abs(state.ema["w"] - state.trainable["w"]).max() > 1e-3
 
 
+def test_the_average_of_bfloat16_parameters_is_float32():
+    """At 1 - decay below 2^-8 a bfloat16 average would stand still; what is evaluated has the parameters' own dtype."""
+    step, state = make_train_step(loss_fn, SGD, seed=3, ema_decay=0.9), start(SGD, ema=True, dtype=jnp.bfloat16)
+    state, _ = step(state, FROZEN, batch())
+    assert state.trainable["w"].dtype == state.evaluated["w"].dtype == jnp.bfloat16
+    assert state.ema["w"].dtype == jnp.float32
+    assert (state.ema["w"] != state.evaluated["w"]).any()
+
+
 def test_randomness_is_a_function_of_seed_and_step():
     steps = {seed: make_train_step(loss_fn, SGD, seed=seed) for seed in (3, 4)}
 

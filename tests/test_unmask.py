@@ -234,7 +234,7 @@ def test_policies_are_frozen_values(policy):
         *((Margin, bad, rf"gap must be in \[0, 1\], got {bad}") for bad in (-0.1, 1.5, math.nan)),
         *((Factor, bad, f"factor must be positive, got {bad}") for bad in (0, -1.0, math.nan)),
         *((EntropyBudget, bad, f"budget must not be negative, got {bad}") for bad in (-0.5, math.nan)),
-        *((Quota, bad, f"steps must be at least 1, got {bad}") for bad in (0, -3)),
+        *((Quota, bad, f"steps must be a positive integer, got {bad}") for bad in (0, -3, 2.5)),
     ],
 )
 def test_bad_arguments_are_refused(make, bad, message):

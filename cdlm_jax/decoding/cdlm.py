@@ -17,6 +17,7 @@ from cdlm_jax.decoding.common import (
     DecodeResult,
     Progress,
     check_blocks,
+    check_policy,
     check_request,
     predict,
     step_keys,
@@ -47,6 +48,7 @@ class Config:
 
     def __post_init__(self):
         check_blocks(self.gen_length, self.block_size)
+        check_policy(self.unmask)
 
 
 @jax.tree_util.register_dataclass

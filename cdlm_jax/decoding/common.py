@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cdlm_jax.config import InputError, LogitAlignment, ModelConfig
+from cdlm_jax.config import InputError, LogitAlignment, ModelConfig, is_count
 from cdlm_jax.kernels.vocab import Confidence, confidence
 from cdlm_jax.models.transformer import Transformer
 
@@ -139,7 +139,7 @@ class Progress:
         size = tokens.shape[1]
         at = jnp.arange(self.response.shape[1]) - (self.block * size)[:, None]  # [rows, L] place inside the block
         inside = jnp.clip(at, 0, size - 1)
-        chosen = (at == inside) & jnp.take_along_axis(select & ~self.done[:, None], inside, axis=1)
+        chosen = (at == inside) & jnp.take_along_axis(select, inside, axis=1)
         active = ~self.done
         return replace(
             self,
@@ -173,8 +173,13 @@ class Progress:
 
 
 def check_blocks(gen_length: int, block_size: int) -> None:
-    if block_size < 1 or gen_length < 1 or gen_length % block_size:
+    if not (is_count(block_size) and is_count(gen_length)) or gen_length % block_size:
         raise InputError(f"gen_length {gen_length} must be a positive multiple of block_size {block_size}")
+
+
+def check_policy(unmask) -> None:
+    if not callable(unmask):
+        raise InputError(f"unmask must be a policy such as Threshold(0.9), got {unmask!r}")
 
 
 def check_request(model: ModelConfig, prompts, prompt_lengths, gen_length: int, temperature: float, key) -> None:
@@ -183,6 +188,8 @@ def check_request(model: ModelConfig, prompts, prompt_lengths, gen_length: int, 
         raise InputError(
             f"prompts must be [rows, P_max] and prompt_lengths [rows], got {prompts.shape} and {prompt_lengths.shape}"
         )
+    if not prompts.shape[0]:
+        raise InputError("there are no prompts: prompts has 0 rows")
     if prompts.shape[1] + gen_length > model.max_length:
         raise InputError(
             f"prompt {prompts.shape[1]} + gen_length {gen_length} exceeds the model's {model.max_length} positions"
@@ -198,7 +205,7 @@ def check_request(model: ModelConfig, prompts, prompt_lengths, gen_length: int, 
     if isinstance(prompts, jax.core.Tracer) or isinstance(prompt_lengths, jax.core.Tracer):
         return
     tokens, lengths = np.asarray(prompts), np.asarray(prompt_lengths)
-    if lengths.size and (lengths.min() < 1 or lengths.max() > tokens.shape[1]):
+    if lengths.min() < 1 or lengths.max() > tokens.shape[1]:
         raise InputError(f"prompt lengths must be in 1..{tokens.shape[1]}, got {lengths.min()}..{lengths.max()}")
     real = np.arange(tokens.shape[1]) < lengths[:, None]
     for row, place in np.argwhere(real & ((tokens < 0) | (tokens >= model.vocab_size)))[:1]:

@@ -13,6 +13,7 @@ from cdlm_jax.decoding.common import (
     Progress,
     append_response,
     check_blocks,
+    check_policy,
     check_request,
     predict,
     predicting_rows,
@@ -45,6 +46,8 @@ class Config:
 
     def __post_init__(self):
         check_blocks(self.gen_length, self.block_size)
+        if self.unmask is not None:
+            check_policy(self.unmask)
         blocks = self.gen_length // self.block_size
         if self.steps is not None and not (0 < self.steps <= self.gen_length and self.steps % blocks == 0):
             raise InputError(

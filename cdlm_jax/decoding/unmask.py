@@ -11,7 +11,7 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 
-from cdlm_jax.config import InputError
+from cdlm_jax.config import InputError, is_count
 from cdlm_jax.kernels.vocab import Confidence
 
 
@@ -99,8 +99,8 @@ class Quota:
     steps: int | None = None
 
     def __post_init__(self):
-        if self.steps is not None and self.steps < 1:
-            raise InputError(f"Quota: steps must be at least 1, got {self.steps}")
+        if self.steps is not None and not is_count(self.steps):
+            raise InputError(f"Quota: steps must be a positive integer, got {self.steps}")
 
     def __call__(self, candidates, masked, step):
         size = masked.shape[1]

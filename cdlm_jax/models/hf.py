@@ -5,7 +5,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -128,7 +127,7 @@ def export_hf(
     parameters, places = _parameters(model), tensor_places(model)
     dtype = _one_dtype({name: leaf.dtype for name, leaf in parameters.items()}, dtype)
     config = config_text(model.config, dtype.name, metadata)
-    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
+    partial = folder.with_name(f".{folder.name}.partial")  # of an export that died, too
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:

@@ -1,5 +1,6 @@
 """Training checkpoints with Orbax: the train state, the data iterator's place, and the settings they belong to."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -18,7 +19,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, settings: dict, *, keep: int = 2):
-        self._settings = json.loads(json.dumps(settings))
+        self._settings = json.loads(json.dumps(settings))  # as they will be read back: tuples become lists
         keep_latest = ocp.training.preservation_policies.LatestN(n=keep)
         self._checkpointer = ocp.training.Checkpointer(
             Path(folder).absolute(), preservation_policy=keep_latest, cleanup_tmp_directories=True
@@ -41,12 +42,12 @@ class Checkpoints:
         if latest is None:
             return None
         place = latest.custom_metadata or self._checkpointer.metadata(latest.step).custom_metadata
-        for name in sorted(self._settings.keys() | place["settings"].keys()):
-            got, expected = place["settings"].get(name), self._settings.get(name)
-            if got != expected:
+        theirs, ours = _flat(place["settings"]), _flat(self._settings)
+        for name in sorted(theirs.keys() | ours.keys()):
+            if theirs.get(name) != ours.get(name):
                 raise InputError(
-                    f"{self._checkpointer.directory} holds checkpoints of another run: {name} is {got!r} there, "
-                    f"{expected!r} here; use another work folder or remove this one"
+                    f"{self._checkpointer.directory} holds checkpoints of another run: {name} is {theirs.get(name)!r} "
+                    f"there, {ours.get(name)!r} here; use another work folder or remove this one"
                 )
         names = _tree(like)  # in the state's own order, which the stored dict does not keep
         stored = self._checkpointer.load(latest.step, names)
@@ -54,6 +55,13 @@ class Checkpoints:
 
     def close(self) -> None:
         self._checkpointer.close()
+
+
+def _flat(settings: dict) -> dict:
+    """Nested settings by their dotted names."""
+    path = functools.partial(jax.tree_util.keystr, simple=True, separator=".")
+    leaves = jax.tree.leaves_with_path(settings, is_leaf=lambda value: not isinstance(value, dict))
+    return {path(keys): value for keys, value in leaves}
 
 
 def _tree(state: TrainState) -> dict[str, jax.Array]:

@@ -1,5 +1,6 @@
 """The training loop: batches in, train steps, metrics, checkpoints, held-out evaluation; the same for every trainer."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -61,15 +62,14 @@ def train(
     only. Batches are dicts with an `answer` [rows, L].
     """
     folder.mkdir(parents=True, exist_ok=True)
-    checkpoints = Checkpoints(folder / "checkpoints", settings)
-    iterator = iter(batches)
-    if (restored := checkpoints.restore(state)) is not None:
-        state, iterator_state = restored
-        iterator.set_state(iterator_state)
-    log = _MetricsLog(folder / "metrics.jsonl", config, int(state.step))
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    pending = None  # the metrics of the step before: read only after the next step is under way
-    try:
+    with contextlib.closing(Checkpoints(folder / "checkpoints", settings)) as checkpoints:
+        iterator = iter(batches)
+        if (restored := checkpoints.restore(state)) is not None:
+            state, iterator_state = restored
+            iterator.set_state(iterator_state)
+        log = _MetricsLog(folder / "metrics.jsonl", config, int(state.step))
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        pending = None  # the metrics of the step before: read only after the next step is under way
         with Progress(*columns, TextColumn("{task.fields[status]}")) as progress:
             bar = progress.add_task(label, total=config.steps, completed=int(state.step), status="")
             for step in range(int(state.step), config.steps):
@@ -90,8 +90,6 @@ def train(
                 if saves:
                     checkpoints.save(state, iterator.get_state())
                 progress.update(bar, completed=done, status=log.status)
-    finally:
-        checkpoints.close()
     return state
 
 

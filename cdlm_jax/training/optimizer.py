@@ -12,7 +12,10 @@ from cdlm_jax.config import InputError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """`learning_rate` is the peak. Muon takes it for the matrices of layers; Adam the rest, at `adam_ratio` of it."""
+    """`learning_rate` is the peak: warm-up rises to it from 0, a cosine falls from it to 0.
+
+    Muon takes it for the matrices of layers, the only ones that it decays; Adam takes the rest, at `adam_ratio` of it.
+    """
 
     name: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = 2e-5

@@ -26,13 +26,16 @@ class TrainState:
 
     @classmethod
     def create(cls, trainable, optimizer: optax.GradientTransformation, *, ema: bool) -> "TrainState":
-        copy = jax.tree.map(jnp.copy, trainable) if ema else None
-        return cls(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable), copy)
+        # float32 whatever the parameters are: bfloat16 would round small steps of a slow average away.
+        average = jax.tree.map(lambda x: jnp.array(x, jnp.float32), trainable) if ema else None
+        return cls(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable), average)
 
     @property
     def evaluated(self):
-        """The parameters to evaluate and export: the EMA where there is one."""
-        return self.trainable if self.ema is None else self.ema
+        """The parameters to evaluate and export: the EMA where there is one, in their own dtypes."""
+        if self.ema is None:
+            return self.trainable
+        return jax.tree.map(lambda average, x: average.astype(x.dtype), self.ema, self.trainable)
 
 
 def make_train_step(
@@ -70,7 +73,7 @@ def make_train_step(
         if ema is not None:
             # A short memory at first, so that the random initialization is soon forgotten.
             decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
-            ema = jax.tree.map(lambda old, new: (decay * old + (1 - decay) * new).astype(old.dtype), ema, trainable)
+            ema = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, ema, trainable)
         metrics["grad_norm"] = optax.tree.norm(grads)
         return TrainState(state.step + 1, trainable, opt_state, ema), metrics
 

@@ -15,7 +15,7 @@ SHIPPED_TEACHER = Path(__file__).parent / "pretrained" / "tiny_teacher"
 
 
 @dataclasses.dataclass(frozen=True)
-class Checkpoint:
+class ModelFolder:
     """metadata: the `cdlm` entry of config.json ({} for folders made elsewhere): role, prompt_length, gen_length,
     block_size, tasks, and whatever a stage adds."""
 
@@ -24,7 +24,7 @@ class Checkpoint:
     metadata: dict[str, Any]
 
     @classmethod
-    def load(cls, folder: str | Path) -> "Checkpoint":
+    def load(cls, folder: str | Path) -> "ModelFolder":
         """`shipped` is the tiny teacher inside the package. InputError names what is wrong with a folder."""
         folder = SHIPPED_TEACHER if str(folder) == "shipped" else Path(folder)
         if not folder.is_dir():

@@ -14,15 +14,15 @@ from conftest import GOLDEN
 from flax import nnx
 
 from cdlm_jax import tasks
-from cdlm_jax.checkpoint import Checkpoint
 from cdlm_jax.config import InputError, ModelConfig
+from cdlm_jax.model_folder import ModelFolder
 from cdlm_jax.models.transformer import Transformer
 from cdlm_jax.tokenizers import Tokenizer
 
 PROMPT_LENGTH, GEN_LENGTH, BLOCK_SIZE = 14, 48, 16
 
 
-def tiny_checkpoint(seed: int = 0, role: str = "teacher") -> Checkpoint:
+def tiny_folder(seed: int = 0, role: str = "teacher") -> ModelFolder:
     """A character model of random weights, as a stage of the recipe would save it."""
     tokenizer = Tokenizer.characters(tasks.CHARACTERS)
     eos = tokenizer.token_to_id("<eos>")
@@ -41,7 +41,7 @@ def tiny_checkpoint(seed: int = 0, role: str = "teacher") -> Checkpoint:
         max_length=PROMPT_LENGTH + GEN_LENGTH,
     )
     sizes = {"prompt_length": PROMPT_LENGTH, "gen_length": GEN_LENGTH, "block_size": BLOCK_SIZE}
-    return Checkpoint(Transformer(config, rngs=nnx.Rngs(seed)), tokenizer, {"role": role, "tasks": ["chain"], **sizes})
+    return ModelFolder(Transformer(config, rngs=nnx.Rngs(seed)), tokenizer, {"role": role, "tasks": ["chain"], **sizes})
 
 
 def contents(folder: Path) -> dict[str, bytes | None]:
@@ -50,25 +50,25 @@ def contents(folder: Path) -> dict[str, bytes | None]:
     return {str(path.relative_to(folder)): None if path.is_dir() else path.read_bytes() for path in paths}
 
 
-def saved(checkpoint: Checkpoint, folder: Path) -> dict[str, bytes | None]:
-    checkpoint.save(folder, replace=True)
+def saved(model_folder: ModelFolder, folder: Path) -> dict[str, bytes | None]:
+    model_folder.save(folder, replace=True)
     return contents(folder)
 
 
 def test_round_trip(tmp_path):
-    checkpoint = tiny_checkpoint()
-    checkpoint.save(tmp_path / "model")
-    again = Checkpoint.load(tmp_path / "model")
-    assert again.metadata == checkpoint.metadata
-    assert again.tokenizer.fingerprint() == checkpoint.tokenizer.fingerprint()
-    for got, expected in zip(jax.tree.leaves(again.model), jax.tree.leaves(checkpoint.model), strict=True):
+    model_folder = tiny_folder()
+    model_folder.save(tmp_path / "model")
+    again = ModelFolder.load(tmp_path / "model")
+    assert again.metadata == model_folder.metadata
+    assert again.tokenizer.fingerprint() == model_folder.tokenizer.fingerprint()
+    for got, expected in zip(jax.tree.leaves(again.model), jax.tree.leaves(model_folder.model), strict=True):
         np.testing.assert_array_equal(got, expected)
 
 
 def test_a_folder_of_the_recipe_is_replaced_whole(tmp_path):
-    saved(tiny_checkpoint(0), tmp_path / "model")
+    saved(tiny_folder(0), tmp_path / "model")
     (tmp_path / "model" / "chat_template.jinja").write_text("left by an earlier run")
-    assert saved(tiny_checkpoint(1), tmp_path / "model") == saved(tiny_checkpoint(1), tmp_path / "fresh")
+    assert saved(tiny_folder(1), tmp_path / "model") == saved(tiny_folder(1), tmp_path / "fresh")
 
 
 @pytest.mark.parametrize("name, text", [("notes.txt", "mine"), ("config.json", '{"model_type": "llada"}')])
@@ -76,27 +76,27 @@ def test_other_content_is_refused_and_kept(tmp_path, name, text):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / name).write_text(text)
     with pytest.raises(InputError, match="model exists already"):
-        tiny_checkpoint().save(tmp_path / "model", replace=True)
+        tiny_folder().save(tmp_path / "model", replace=True)
     assert contents(tmp_path) == {"model": None, f"model/{name}": text.encode()}
 
 
 def test_a_folder_of_the_recipe_is_kept_unless_asked(tmp_path):
-    before = saved(tiny_checkpoint(0), tmp_path / "model")
+    before = saved(tiny_folder(0), tmp_path / "model")
     with pytest.raises(InputError, match="model exists already"):
-        tiny_checkpoint(1).save(tmp_path / "model")
+        tiny_folder(1).save(tmp_path / "model")
     assert contents(tmp_path / "model") == before
 
 
 def test_a_folder_without_tokenizer_serves_token_ids_only():
-    checkpoint = Checkpoint.load(GOLDEN / "llada" / "model")
-    assert checkpoint.tokenizer is None and checkpoint.metadata == {}
+    model_folder = ModelFolder.load(GOLDEN / "llada" / "model")
+    assert model_folder.tokenizer is None and model_folder.metadata == {}
     with pytest.raises(InputError, match="no tokenizer; give token ids"):
-        checkpoint.encoder(PROMPT_LENGTH, GEN_LENGTH)
+        model_folder.encoder(PROMPT_LENGTH, GEN_LENGTH)
 
 
 def test_a_missing_folder_is_named(tmp_path):
     with pytest.raises(InputError, match="no model folder at .*nowhere"):
-        Checkpoint.load(tmp_path / "nowhere")
+        ModelFolder.load(tmp_path / "nowhere")
 
 
 # ---- saves that die ------------------------------------------------------------------------------------------------
@@ -137,7 +137,7 @@ def reaper():
 
 def test_a_save_may_die_at_any_file_operation(tmp_path, reaper):
     """What is left is the old folder, the new one, or none; the next save succeeds and leaves nothing else behind."""
-    old, new = tiny_checkpoint(0), tiny_checkpoint(1)
+    old, new = tiny_folder(0), tiny_folder(1)
     before, after = saved(old, tmp_path / "old"), saved(new, tmp_path / "new")
     work, deaths = tmp_path / "work", 0
     for operations in itertools.count():
