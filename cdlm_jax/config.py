@@ -16,14 +16,15 @@ class InputError(ValueError):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Shape of a Transformer. LLaDA and Dream are two settings of it (`models/hf.py` reads both from config.json).
+    """Shape of a Transformer. LLaDA, Dream, Qwen2.5 and Llama are settings of it (`models/hf_config.py` reads them).
 
+    mask_token_id: None is an autoregressive model.
     logit_alignment: `same_position` (LLaDA: the logits of row i predict token i) or `shifted` (Dream: of row i-1).
     family: which checkpoint format the model came from, and is exported to.
     source: the original config.json text, kept so that an export writes back every key; empty for models made here.
     """
 
-    family: Literal["llada", "dream"] = "llada"
+    family: Literal["llada", "dream", "qwen2", "llama"] = "llada"
     vocab_size: int
     hidden_size: int
     num_layers: int
@@ -35,7 +36,7 @@ class ModelConfig:
     qkv_bias: bool = False
     tie_embeddings: bool = False
     logit_alignment: LogitAlignment = "same_position"
-    mask_token_id: int
+    mask_token_id: int | None
     eos_token_id: int
     pad_token_id: int
     max_length: int
@@ -50,8 +51,11 @@ class ModelConfig:
         if self.num_heads % self.num_kv_heads:
             raise InputError(f"num_heads {self.num_heads} must be a multiple of num_kv_heads {self.num_kv_heads}")
         for name in ("mask_token_id", "eos_token_id", "pad_token_id"):
-            if not 0 <= getattr(self, name) < self.vocab_size:
-                raise InputError(f"{name} {getattr(self, name)} is outside the vocabulary 0..{self.vocab_size - 1}")
+            token = getattr(self, name)
+            if token is None and name == "mask_token_id":
+                continue
+            if not 0 <= token < self.vocab_size:
+                raise InputError(f"{name} {token} is outside the vocabulary 0..{self.vocab_size - 1}")
         if self.mask_token_id == self.eos_token_id:
             raise InputError(f"mask_token_id and eos_token_id are both {self.mask_token_id}")
 

@@ -15,7 +15,7 @@ from rich.markup import escape
 from cdlm_jax import tasks
 from cdlm_jax.config import InputError, ModelConfig
 from cdlm_jax.decoding import cdlm, naive
-from cdlm_jax.decoding.common import DecodeResult
+from cdlm_jax.decoding.progress import DecodeResult
 from cdlm_jax.decoding.unmask import Threshold
 from cdlm_jax.evaluation.harness import NamedProblem, heldout_problems
 from cdlm_jax.evaluation.player import play

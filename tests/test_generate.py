@@ -16,7 +16,7 @@ from test_model_folder import BLOCK_SIZE, GEN_LENGTH, tiny_folder
 from cdlm_jax import evaluate, generate, tasks
 from cdlm_jax.cli import main
 from cdlm_jax.decoding import cdlm, naive
-from cdlm_jax.decoding.common import DecodeResult, response_lengths
+from cdlm_jax.decoding.progress import DecodeResult, response_lengths
 from cdlm_jax.decoding.unmask import Threshold
 from cdlm_jax.generate import Options, Request
 from cdlm_jax.model_folder import ModelFolder

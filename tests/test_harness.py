@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from test_model_folder import GEN_LENGTH, tiny_folder
 
 from cdlm_jax import tasks
-from cdlm_jax.decoding.common import DecodeResult
+from cdlm_jax.decoding.progress import DecodeResult
 from cdlm_jax.evaluation import harness
 from cdlm_jax.evaluation.harness import Evaluation, evaluate, heldout_problems, latencies, spread
 

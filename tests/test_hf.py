@@ -221,7 +221,7 @@ REFUSED = [
     ("dream", {"tie_word_embeddings": 1}, "tie_word_embeddings must be of type bool, got 1"),
     ("dream", {"rope_theta": -1.0}, "rope_theta must be a positive number, got -1.0"),
     ("dream", {"eos_token_id": [1, 2]}, r"eos_token_id must be of type int, got \[1, 2\]"),
-    ("dream", {"model_type": "qwen2"}, "model_type is 'qwen2'; known are llada, Dream"),
+    ("dream", {"model_type": "gpt2"}, "model_type is 'gpt2'; known are llada, Dream, qwen2, llama"),
 ]
 
 

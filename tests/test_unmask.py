@@ -219,7 +219,7 @@ def test_golden_schedule(name):
 
 @pytest.mark.parametrize("policy", [Threshold(0.5), Margin(0.5), Factor(0.5), EntropyBudget(0.5), Quota(2)], ids=str)
 def test_policies_are_frozen_values(policy):
-    (field,) = dataclasses.fields(policy)
+    field = dataclasses.fields(policy)[0]
     with pytest.raises(dataclasses.FrozenInstanceError):
         setattr(policy, field.name, 1)
     same = dataclasses.replace(policy)

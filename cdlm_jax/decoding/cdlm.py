@@ -13,16 +13,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from cdlm_jax.decoding.common import (
-    DecodeResult,
-    Progress,
-    check_blocks,
-    check_policy,
-    check_request,
-    predict,
-    step_keys,
-    take_rows,
-)
+from cdlm_jax.decoding.common import check_blocks, check_policy, check_request, decide
+from cdlm_jax.decoding.progress import DecodeResult, Progress, block_step, take_rows, until_done
 from cdlm_jax.decoding.unmask import Threshold, Unmask
 from cdlm_jax.models.cache import KVCache
 from cdlm_jax.models.transformer import Transformer
@@ -53,17 +45,16 @@ class Config:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class State:
-    """The loop's carry. pending: bool [rows], the block before the current one still has to be committed.
-
-    before: [rows, d], the hidden row just before the current block, which predicts its first token in `shifted` models.
-    It cannot see the block, so it is computed once.
+class Carry:
+    """The cache, and before: [rows, d], the hidden row just before the current block, which predicts its first token in
+    `shifted` models. It cannot see the block, so it is computed once.
     """
 
-    progress: Progress
     cache: KVCache
-    pending: jax.Array
     before: jax.Array
+
+
+State = tuple[Progress, Carry]
 
 
 def generate(
@@ -82,9 +73,8 @@ def generate(
 @partial(jax.jit, static_argnames="config")
 def _generate(model, prompts, prompt_lengths, key, config: Config) -> DecodeResult:
     step = partial(decode_step, model, prompt_lengths, key, config)
-    state = prefill(model, prompts, prompt_lengths, config)
-    state = jax.lax.while_loop(lambda state: ~state.progress.done.all(), step, state)
-    return state.progress.result(model.config.eos_token_id)
+    progress, _ = until_done(step, prefill(model, prompts, prompt_lengths, config))
+    return progress.result(model.config.eos_token_id)
 
 
 def prefill(model: Transformer, prompts: jax.Array, prompt_lengths: jax.Array, config: Config) -> State:
@@ -94,69 +84,73 @@ def prefill(model: Transformer, prompts: jax.Array, prompt_lengths: jax.Array, c
     end = jnp.broadcast_to(prompt_lengths[:, None], prompts.shape)
     with jax.named_scope("prefill"):
         hidden, cache = model.extend(prompts, cache, start=jnp.zeros_like(prompt_lengths), visible_end=end)
-    return State(
-        progress=Progress.start(rows, config.gen_length, model.config.mask_token_id),
-        cache=cache.commit(prompt_lengths),
-        pending=jnp.zeros(rows, bool),
-        before=take_rows(hidden, prompt_lengths - 1, 1)[:, 0],
-    )
+    progress = Progress.start(rows, config.gen_length, model.config.mask_token_id)
+    return progress, Carry(cache.commit(prompt_lengths), take_rows(hidden, prompt_lengths - 1, 1)[:, 0])
 
 
 def decode_step(
     model: Transformer, prompt_lengths: jax.Array, key: jax.Array | None, config: Config, state: State
 ) -> State:
     """One forward of the whole batch: each row refines its current block, and commits what it has to."""
-    size = config.block_size
-    start = prompt_lengths + state.progress.block * size
-    masked = state.progress.masked(size)
-    if config.merge_commit:
-        merged, refined = partial(merged_forward, model, start, size), partial(refine, model, start, size)
-        hidden, state = jax.lax.cond((state.pending & ~state.progress.done).any(), merged, refined, state)
-    else:
-        hidden, state = refine(model, start, size, state)
-        state = commit(state, ~masked.any(axis=1), start + size, hidden)
 
-    progress = state.progress
-    if model.config.logit_alignment == "shifted":
-        hidden = jnp.concatenate([state.before[:, None], hidden[:, :-1]], axis=1)
-    keys = step_keys(key, progress) if config.temperature > 0 else None
-    candidates = predict(model, hidden, keys, config.temperature)
-    progress = progress.finalize(candidates.token, config.unmask(candidates, masked, progress.step))
+    def forward(progress, carry):
+        start = prompt_lengths + progress.block * config.block_size
+        hidden, new = (merged if config.merge_commit else separate)(model, start, config.block_size, progress, carry)
+        if model.config.logit_alignment == "shifted":
+            hidden = jnp.concatenate([new.before[:, None], hidden[:, :-1]], axis=1)
+        return hidden, new
 
-    # A finished block is left at once when its commit is merged into the next forward, else after its own commit.
-    complete = ~(progress.masked(size) if config.merge_commit else masked).any(axis=1)
-    progress = progress.advance(complete, size, model.config.eos_token_id if config.early_stop else None)
-    return replace(state, progress=progress, pending=complete & config.merge_commit)
-
-
-def refine(model: Transformer, start: jax.Array, size: int, state: State) -> tuple[jax.Array, State]:
-    """The current block against the cache: hidden [rows, B, d]. Its own keys and values are scratch."""
-    tokens = state.progress.block_tokens(size)
-    end = jnp.broadcast_to((start + size)[:, None], tokens.shape)
-    with jax.named_scope("refine"):
-        hidden, cache = model.extend(tokens, state.cache, start=start, visible_end=end)
-    return hidden, replace(state, cache=cache)
-
-
-def commit(state: State, rows: jax.Array, end: jax.Array, hidden: jax.Array) -> State:
-    """Declare the block just run (hidden [rows, B, d], up to slot `end`) final in the given rows (bool [rows])."""
-    return replace(
+    return block_step(
         state,
-        cache=state.cache.commit(jnp.where(rows, end, state.cache.length)),
-        before=jnp.where(rows[:, None], hidden[:, -1], state.before),
+        forward,
+        partial(decide, model, key, config.unmask, config.temperature),
+        size=config.block_size,
+        stop_token_id=model.config.eos_token_id if config.early_stop else None,
+        hold=not config.merge_commit,
     )
 
 
-def merged_forward(model: Transformer, start: jax.Array, size: int, state: State) -> tuple[jax.Array, State]:
-    """Commit the block before and refine the current one in one 2B-wide forward: the latter's hidden [rows, B, d].
+def separate(model: Transformer, start: jax.Array, size: int, progress: Progress, carry: Carry):
+    """Refine or, where the block is complete, commit it by the same forward over its final tokens."""
+    hidden, carry = refine(model, start, size, progress, carry)
+    return hidden, commit(carry, ~progress.masked(size).any(axis=1), start + size, hidden)
+
+
+def merged(model: Transformer, start: jax.Array, size: int, progress: Progress, carry: Carry):
+    """Refine; the rows that just entered a block commit the one before in the same, then twice as wide, forward."""
+    pending = (progress.step == 0) & (progress.block > 0)
+    wide, narrow = partial(commit_and_refine, model, start, size, pending), partial(refine, model, start, size)
+    return jax.lax.cond(pending.any(), wide, narrow, progress, carry)
+
+
+def refine(model: Transformer, start: jax.Array, size: int, progress: Progress, carry: Carry):
+    """The current block against the cache: hidden [rows, B, d]. Its own keys and values are scratch."""
+    tokens = progress.block_tokens(size)
+    end = jnp.broadcast_to((start + size)[:, None], tokens.shape)
+    with jax.named_scope("refine"):
+        hidden, cache = model.extend(tokens, carry.cache, start=start, visible_end=end)
+    return hidden, replace(carry, cache=cache)
+
+
+def commit(carry: Carry, rows: jax.Array, end: jax.Array, hidden: jax.Array) -> Carry:
+    """Declare the block just run (hidden [rows, B, d], up to slot `end`) final in the given rows (bool [rows])."""
+    return Carry(
+        cache=carry.cache.commit(jnp.where(rows, end, carry.cache.length)),
+        before=jnp.where(rows[:, None], hidden[:, -1], carry.before),
+    )
+
+
+def commit_and_refine(
+    model: Transformer, start: jax.Array, size: int, pending: jax.Array, progress: Progress, carry: Carry
+):
+    """The block before and the current one in one 2B-wide forward: hidden [rows, B, d] of the latter.
 
     Rows with nothing to commit run along; what they compute for the block before is dropped.
     """
-    progress = state.progress
     tokens = jnp.concatenate([progress.block_tokens(size, offset=-1), progress.block_tokens(size)], axis=1)
     positions = start[:, None] - size + jnp.arange(2 * size)
     end = visible_end_at(positions, start, size)
-    write = state.pending[:, None] | (jnp.arange(2 * size) >= size)
+    write = pending[:, None] | (jnp.arange(2 * size) >= size)
     with jax.named_scope("commit_and_refine"):
-        hidden, cache = model.extend(tokens, state.cache, start=start - size, visible_end=end, write=write)
-    return hidden[:, size:], commit(replace(state, cache=cache), state.pending, start, hidden[:, :size])
+        hidden, cache = model.extend(tokens, carry.cache, start=start - size, visible_end=end, write=write)
+    return hidden[:, size:], commit(replace(carry, cache=cache), pending, start, hidden[:, :size])

@@ -1,35 +1,15 @@
-"""What the decoders share: where the response lies in a row, which hidden row predicts what, and block bookkeeping."""
-
-import dataclasses
-from dataclasses import replace
+"""What the decoders share: where the response lies in a row, which hidden row predicts what, and what is refused."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from cdlm_jax.config import InputError, LogitAlignment, ModelConfig, is_count
+from cdlm_jax.decoding.progress import Progress, take_rows
+from cdlm_jax.decoding.unmask import Unmask
 from cdlm_jax.kernels.vocab import Confidence, confidence
 from cdlm_jax.models.transformer import Transformer
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class DecodeResult:
-    """A decoded batch.
-
-    tokens: [rows, gen_length] int32; everything after the first EOS is EOS.
-    lengths: [rows] int32, tokens before the first EOS.
-    forwards: [rows] int32, forward passes of that row after the prefill: a refine or a merged pass counts one, a
-        separate commit one. The prefill of the prompt is not counted.
-    finalized_at: [rows, gen_length] int32, the row's own forward (from 0) that finalized the position; -1 where
-        nothing did because decoding stopped early.
-    """
-
-    tokens: jax.Array
-    lengths: jax.Array
-    forwards: jax.Array
-    finalized_at: jax.Array
-
+from cdlm_jax.visibility import row_end
 
 # ---- rows ----------------------------------------------------------------------------------------------------------
 
@@ -46,12 +26,6 @@ def append_response(prompts: jax.Array, prompt_lengths: jax.Array, response: jax
     return jnp.where(at < 0, padded, placed)
 
 
-def take_rows(values: jax.Array, start: jax.Array, length: int) -> jax.Array:
-    """values [rows, S, ...] from start[row] on: [rows, length, ...]; indices are clipped to the row."""
-    at = jnp.clip(start[:, None] + jnp.arange(length), 0, values.shape[1] - 1)
-    return jnp.take_along_axis(values, at.reshape(at.shape + (1,) * (values.ndim - 2)), axis=1)
-
-
 def predicting_rows(hidden: jax.Array, start: jax.Array, length: int, alignment: LogitAlignment) -> jax.Array:
     """The hidden rows whose logits predict the tokens start[row] .. start[row] + length - 1.
 
@@ -61,16 +35,20 @@ def predicting_rows(hidden: jax.Array, start: jax.Array, length: int, alignment:
     return take_rows(hidden, start - (alignment == "shifted"), length)
 
 
-def response_lengths(tokens: jax.Array, eos_token_id: int) -> jax.Array:
-    """Tokens before the first EOS: [rows, L] -> [rows] int32."""
-    is_eos = tokens == eos_token_id
-    return jnp.where(is_eos.any(axis=1), jnp.argmax(is_eos, axis=1), tokens.shape[1]).astype(jnp.int32)
+def full_forward(
+    model: Transformer, prompts: jax.Array, prompt_lengths: jax.Array, progress: Progress, size: int
+) -> jax.Array:
+    """The whole sequence under full attention: the hidden rows that predict the current block, [rows, size, d]."""
+    gen_length = progress.response.shape[1]
+    tokens = append_response(prompts, prompt_lengths, progress.response)
+    hidden = model(tokens, visible_end=row_end(prompt_lengths, gen_length, tokens.shape[1]))
+    return predicting_rows(hidden, prompt_lengths + progress.block * size, size, model.config.logit_alignment)
 
 
 # ---- predictions ---------------------------------------------------------------------------------------------------
 
 
-def step_keys(key: jax.Array, progress: "Progress") -> jax.Array:
+def step_keys(key: jax.Array, progress: Progress) -> jax.Array:
     """The random keys of a forward, [rows]: functions of the row's key, its block, and its forwards on that block.
 
     `key` is one key per row, or a single key from which each row's is derived by its place in the batch. Give [rows]
@@ -82,91 +60,45 @@ def step_keys(key: jax.Array, progress: "Progress") -> jax.Array:
     return fold(fold(keys, progress.block), progress.step)
 
 
-def predict(model: Transformer, hidden: jax.Array, keys: jax.Array | None, temperature: float) -> Confidence:
+def predict(
+    model: Transformer,
+    hidden: jax.Array,
+    keys: jax.Array | None = None,
+    temperature: float = 0.0,
+    *,
+    banned: tuple[int, ...] = (),
+    unsure: tuple[int, ...] = (),
+) -> Confidence:
     """A token for every hidden row and how sure the model is of it: hidden [rows, B, d] -> arrays [rows, B].
 
     At temperature > 0 (which needs keys [rows]) the token is drawn from softmax(logits / temperature) and its
     probability is that of the plain softmax (LLaDA `generate`). The mask token keeps its share of the probability but
-    is never the prediction: upstream would finalize it as a mask.
+    is never the prediction: upstream would finalize it as a mask. Tokens `banned` have logits of -inf; those `unsure`
+    may be predicted but take no part in the probabilities, so theirs is 0.
     """
     mask_id = model.config.mask_token_id
     candidates = confidence(hidden, model.head, forbidden=mask_id)
-    if temperature == 0:
+    if temperature == 0 and not banned and not unsure:
         return candidates
-    logits = model.unembed(hidden)
-    noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(keys)
-    noised = jnp.where(jnp.arange(logits.shape[-1]) == mask_id, -jnp.inf, logits / temperature + noise)
-    token = jnp.argmax(noised, axis=-1)
-    drawn = jnp.take_along_axis(jax.nn.softmax(logits), token[..., None], axis=-1)[..., 0]
+    logits = model.unembed(hidden).at[..., list(banned)].set(-jnp.inf)
+    scores = logits
+    if temperature > 0:
+        # "high" draws the noise with enough bits that the tail of the softmax is not lost (upstream: float64).
+        noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:], mode="high"))(keys)
+        scores = logits / temperature + noise
+    token = jnp.argmax(scores.at[..., mask_id].set(-jnp.inf), axis=-1)
+    p = jax.nn.softmax(logits.at[..., list(unsure)].set(-jnp.inf))
+    drawn = jnp.take_along_axis(p, token[..., None], axis=-1)[..., 0]
     return candidates._replace(token=token.astype(jnp.int32), probability=drawn)
 
 
-# ---- block bookkeeping ---------------------------------------------------------------------------------------------
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Progress:
-    """Where every row of a batch stands. Rows are independent: each has its own block, and its own count of forwards.
-
-    response, finalized_at: [rows, L] as in DecodeResult, with the mask token and -1 where nothing is finalized yet;
-    block: [rows] the current block; step: [rows] forwards spent on it; forwards: [rows]; done: bool [rows].
-    """
-
-    response: jax.Array
-    finalized_at: jax.Array
-    block: jax.Array
-    step: jax.Array
-    forwards: jax.Array
-    done: jax.Array
-
-    @classmethod
-    def start(cls, rows: int, gen_length: int, mask_token_id: int) -> "Progress":
-        zeros = jnp.zeros(rows, jnp.int32)
-        unset = jnp.full((rows, gen_length), -1, jnp.int32)
-        return cls(jnp.full_like(unset, mask_token_id), unset, zeros, zeros, zeros, jnp.zeros(rows, bool))
-
-    def block_tokens(self, size: int, offset: int = 0) -> jax.Array:
-        """Tokens of the block `offset` after the current one: [rows, size]."""
-        return take_rows(self.response, (self.block + offset) * size, size)
-
-    def masked(self, size: int) -> jax.Array:
-        """True where the current block has nothing finalized yet: bool [rows, size]."""
-        return take_rows(self.finalized_at, self.block * size, size) < 0
-
-    def finalize(self, tokens: jax.Array, select: jax.Array) -> "Progress":
-        """Count one forward of the rows not done, and set the selected tokens [rows, B] of their current block."""
-        size = tokens.shape[1]
-        at = jnp.arange(self.response.shape[1]) - (self.block * size)[:, None]  # [rows, L] place inside the block
-        inside = jnp.clip(at, 0, size - 1)
-        chosen = (at == inside) & jnp.take_along_axis(select, inside, axis=1)
-        active = ~self.done
-        return replace(
-            self,
-            response=jnp.where(chosen, jnp.take_along_axis(tokens, inside, axis=1), self.response),
-            finalized_at=jnp.where(chosen, self.forwards[:, None], self.finalized_at),
-            forwards=self.forwards + active,
-            step=self.step + active,
-        )
-
-    def advance(self, ready: jax.Array, size: int, stop_token_id: int | None) -> "Progress":
-        """Send the rows in `ready` [rows] on to their next block, and mark those done that have none.
-
-        With a `stop_token_id` (EOS), a row is also done after the first block that holds it.
-        """
-        complete = ~self.masked(size).any(axis=1)
-        stop = self.block == self.response.shape[1] // size - 1
-        if stop_token_id is not None:
-            stop |= (self.block_tokens(size) == stop_token_id).any(axis=1)
-        done = self.done | (complete & stop)
-        onward = ready & ~done
-        return replace(self, done=done, block=self.block + onward, step=jnp.where(onward, 0, self.step))
-
-    def result(self, eos_token_id: int) -> DecodeResult:
-        lengths = response_lengths(self.response, eos_token_id)
-        after = jnp.arange(self.response.shape[1]) > lengths[:, None]
-        tokens = jnp.where(after, eos_token_id, self.response)
-        return DecodeResult(tokens, lengths, self.forwards, self.finalized_at)
+def decide(
+    model: Transformer, key: jax.Array | None, unmask: Unmask, temperature: float, progress: Progress, hidden: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """What most decoders finalize: hidden [rows, B, d] -> tokens [rows, B] and which of them, bool [rows, B]."""
+    keys = step_keys(key, progress) if temperature > 0 else None
+    candidates = predict(model, hidden, keys, temperature)
+    return candidates.token, unmask(candidates, progress.masked(hidden.shape[1]), progress.step)
 
 
 # ---- requests ------------------------------------------------------------------------------------------------------
@@ -177,13 +109,27 @@ def check_blocks(gen_length: int, block_size: int) -> None:
         raise InputError(f"gen_length {gen_length} must be a positive multiple of block_size {block_size}")
 
 
+def check_steps(steps: int | None, gen_length: int, block_size: int) -> None:
+    """`steps` forwards are spread evenly over the blocks; None is one token per forward."""
+    blocks = gen_length // block_size
+    if steps is not None and not (is_count(steps) and steps <= gen_length and steps % blocks == 0):
+        raise InputError(f"steps must be a multiple of the {blocks} blocks and at most {gen_length}, got {steps}")
+
+
 def check_policy(unmask) -> None:
     if not callable(unmask):
         raise InputError(f"unmask must be a policy such as Threshold(0.9), got {unmask!r}")
 
 
 def check_request(model: ModelConfig, prompts, prompt_lengths, gen_length: int, temperature: float, key) -> None:
-    """Refuse what cannot be decoded. Under a caller's own jit only shapes can be checked, not values."""
+    """Refuse what cannot be decoded by filling masks."""
+    if model.mask_token_id is None:
+        raise InputError(f"{model.family} is autoregressive: decode it with decoding.autoregressive")
+    check_prompts(model, prompts, prompt_lengths, gen_length, temperature, key)
+
+
+def check_prompts(model: ModelConfig, prompts, prompt_lengths, gen_length: int, temperature: float, key) -> None:
+    """Refuse what no decoder can use. Under a caller's own jit only shapes can be checked, not values."""
     if prompts.ndim != 2 or prompt_lengths.shape != prompts.shape[:1]:
         raise InputError(
             f"prompts must be [rows, P_max] and prompt_lengths [rows], got {prompts.shape} and {prompt_lengths.shape}"
@@ -212,5 +158,6 @@ def check_request(model: ModelConfig, prompts, prompt_lengths, gen_length: int, 
         raise InputError(
             f"prompt {row} holds token {tokens[row, place]}, outside the vocabulary 0..{model.vocab_size - 1}"
         )
-    for row, place in np.argwhere(real & (tokens == model.mask_token_id))[:1]:
+    masks = real & (tokens == model.mask_token_id) if model.mask_token_id is not None else np.zeros_like(real)
+    for row, place in np.argwhere(masks)[:1]:
         raise InputError(f"prompt {row} holds the mask token {model.mask_token_id} at position {place}")

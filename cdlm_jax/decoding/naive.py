@@ -9,19 +9,17 @@ import jax.numpy as jnp
 
 from cdlm_jax.config import InputError
 from cdlm_jax.decoding.common import (
-    DecodeResult,
-    Progress,
-    append_response,
     check_blocks,
     check_policy,
     check_request,
+    check_steps,
+    full_forward,
     predict,
-    predicting_rows,
     step_keys,
 )
+from cdlm_jax.decoding.progress import DecodeResult, Progress, block_step, until_done
 from cdlm_jax.decoding.unmask import Quota, Unmask
 from cdlm_jax.models.transformer import Transformer
-from cdlm_jax.visibility import row_end
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,6 +29,9 @@ class Config:
     steps: forwards in all, spread evenly over the blocks; None is one token per forward.
     remasking: finalize the most confident positions of a step, or random ones.
     cfg_scale: w of classifier-free guidance, u + (w + 1)(c - u), where u has the prompt masked.
+    logits_eos_inf: never predict EOS.
+    confidence_eos_eot_inf: finalize EOS, and the token `eot_token_id` (LLaDA: 126348) if given, after all others; no
+        other confidence counts their share. (At temperature > 0 upstream spares EOS by an oversight; we do not.)
     unmask: a policy in place of the fixed schedule, e.g. Threshold(0.9): Fast-dLLM's parallel decoding without a cache.
     early_stop: end a row after the block that holds its first EOS (not in LLaDA's script).
     """
@@ -41,6 +42,9 @@ class Config:
     remasking: Literal["low_confidence", "random"] = "low_confidence"
     temperature: float = 0.0
     cfg_scale: float = 0.0
+    logits_eos_inf: bool = False
+    confidence_eos_eot_inf: bool = False
+    eot_token_id: int | None = None
     unmask: Unmask | None = None
     early_stop: bool = False
 
@@ -48,11 +52,7 @@ class Config:
         check_blocks(self.gen_length, self.block_size)
         if self.unmask is not None:
             check_policy(self.unmask)
-        blocks = self.gen_length // self.block_size
-        if self.steps is not None and not (0 < self.steps <= self.gen_length and self.steps % blocks == 0):
-            raise InputError(
-                f"steps must be a multiple of the {blocks} blocks and at most {self.gen_length}, got {self.steps}"
-            )
+        check_steps(self.steps, self.gen_length, self.block_size)
         if self.steps is not None and self.unmask is not None:
             raise InputError(f"give either steps or an unmask policy, got steps {self.steps} and {self.unmask}")
         if self.remasking not in ("low_confidence", "random"):
@@ -92,42 +92,44 @@ def decode(
     keep_hidden: bool = False,
 ) -> tuple[Progress, jax.Array | None]:
     """The whole decode loop: the final Progress and, if asked, the hidden rows that finalized [rows, L, d]."""
-    size, alignment = config.block_size, model.config.logit_alignment
-    stop_token_id = model.config.eos_token_id if config.early_stop else None
-    end = row_end(prompt_lengths, config.gen_length, prompts.shape[1] + config.gen_length)
+    size = config.block_size
 
-    def block_hidden(prompts, progress):
-        tokens = append_response(prompts, prompt_lengths, progress.response)
-        hidden = model(tokens, visible_end=end)
-        return predicting_rows(hidden, prompt_lengths + progress.block * size, size, alignment)  # [rows, B, d]
-
-    def step(carry):
-        progress, kept = carry
-        hidden = block_hidden(prompts, progress)
+    def forward(progress, kept):
+        hidden = full_forward(model, prompts, prompt_lengths, progress, size)  # [rows, B, d]
         if config.cfg_scale > 0:
             # The lm_head is linear: guiding the hidden rows is guiding the logits.
             masked_prompts = jnp.full_like(prompts, model.config.mask_token_id)
-            unguided = block_hidden(masked_prompts, progress)
+            unguided = full_forward(model, masked_prompts, prompt_lengths, progress, size)
             hidden = unguided + (config.cfg_scale + 1) * (hidden - unguided)
-        keys = step_keys(key, progress) if config.temperature > 0 or config.remasking == "random" else None
-        candidates = predict(model, hidden, keys, config.temperature)
-        scored = candidates
-        if config.remasking == "random":
-            draws = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 1), (size,)))(keys)
-            scored = candidates._replace(probability=draws)
-        before = progress
-        progress = progress.finalize(candidates.token, config.policy(scored, progress.masked(size), progress.step))
         if keep_hidden:
-            new = (progress.finalized_at != before.finalized_at)[..., None]  # [rows, L, 1]
-            at = jnp.arange(config.gen_length) - (before.block * size)[:, None]
-            kept = jnp.where(new, jnp.take_along_axis(hidden, jnp.clip(at, 0, size - 1)[..., None], axis=1), kept)
-        complete = ~progress.masked(size).any(axis=1)
-        return progress.advance(complete, size, stop_token_id), kept
+            # Rows of positions still masked: the last to be kept is the one that finalizes.
+            at = jnp.arange(config.gen_length) - (progress.block * size)[:, None]
+            now = (at >= 0) & (at < size) & (progress.finalized_at < 0)
+            placed = jnp.take_along_axis(hidden, jnp.clip(at, 0, size - 1)[..., None], axis=1)
+            kept = jnp.where(now[..., None], placed, kept)
+        return hidden, kept
 
     rows = prompts.shape[0]
-    progress = Progress.start(rows, config.gen_length, model.config.mask_token_id)
     kept = None
     if keep_hidden:
         kept = jnp.zeros((rows, config.gen_length, model.config.hidden_size), model.embed[...].dtype)
-    progress, kept = jax.lax.while_loop(lambda carry: ~carry[0].done.all(), step, (progress, kept))
-    return progress, kept
+    step = partial(
+        block_step,
+        forward=forward,
+        decide=partial(_decide, model, key, config),
+        size=size,
+        stop_token_id=model.config.eos_token_id if config.early_stop else None,
+    )
+    return until_done(step, (Progress.start(rows, config.gen_length, model.config.mask_token_id), kept))
+
+
+def _decide(model, key, config: Config, progress, hidden):
+    keys = step_keys(key, progress) if config.temperature > 0 or config.remasking == "random" else None
+    eos, eot = model.config.eos_token_id, config.eot_token_id
+    banned = (eos,) if config.logits_eos_inf else ()
+    unsure = tuple(token for token in (eos, eot) if token is not None) if config.confidence_eos_eot_inf else ()
+    candidates = scored = predict(model, hidden, keys, config.temperature, banned=banned, unsure=unsure)
+    if config.remasking == "random":
+        draws = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 1), hidden.shape[1:2]))(keys)
+        scored = candidates._replace(probability=draws)
+    return candidates.token, config.policy(scored, progress.masked(config.block_size), progress.step)

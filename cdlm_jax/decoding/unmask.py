@@ -10,6 +10,7 @@ from typing import Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from cdlm_jax.config import InputError, is_count
 from cdlm_jax.kernels.vocab import Confidence
@@ -21,16 +22,20 @@ class Unmask(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Threshold:
-    """Every position whose top probability is strictly above `tau`, and at least the best (CDLM section 4)."""
+    """Every position whose top probability is above `tau` (strictly: CDLM section 4; or, `inclusive`, at least `tau`:
+    Fast-dLLM), and always the best."""
 
     tau: float = 0.9
+    inclusive: bool = False
 
     def __post_init__(self):
         if not 0 <= self.tau <= 1:
             raise InputError(f"Threshold: tau must be in [0, 1], got {self.tau}")
 
     def __call__(self, candidates, masked, step):
-        return masked & (candidates.probability > self.tau) | best(candidates.probability, masked)
+        p = candidates.probability
+        sure = p >= self.tau if self.inclusive else p > self.tau
+        return masked & sure | best(p, masked)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +111,88 @@ class Quota:
         size = masked.shape[1]
         steps = size if self.steps is None else self.steps
         quota = size // steps + (step < size % steps)
-        return masked & (ranks(candidates.probability, masked) < quota[:, None])
+        return top(candidates.probability, masked, quota)
+
+
+@dataclasses.dataclass(frozen=True)
+class Timesteps:
+    """Dream's schedule: of m masked positions int(m (1 - s / t)) are finalized, t and s being the times before and
+    after the step; at the last step all (`_sample` upstream). The surest by entropy go first.
+
+    Where `steps` is the number of positions that makes 0, 1, ..., 1, 2 of them.
+    """
+
+    steps: int
+    eps: float = 1e-3
+
+    def __post_init__(self):
+        if not is_count(self.steps):
+            raise InputError(f"Timesteps: steps must be a positive integer, got {self.steps}")
+        if not 0 < self.eps < 1:
+            raise InputError(f"Timesteps: eps must be in (0, 1), got {self.eps}")
+
+    def share(self, step: jax.Array) -> jax.Array:
+        """1 - s / t of each row's step, float32 [rows]; 1 at the last step."""
+        return jnp.asarray(self._shares())[jnp.clip(step, 0, self.steps - 1)]
+
+    def count(self, masked: jax.Array, step: jax.Array) -> jax.Array:
+        """Positions that each row finalizes at its step: int32 [rows]. In float32 like upstream, whose truncation of
+        products just below an integer decides."""
+        return (masked.sum(axis=1).astype(jnp.float32) * self.share(step)).astype(jnp.int32)
+
+    def _shares(self) -> np.ndarray:
+        # torch.linspace(1, eps, steps + 1) in float32: from the start in its first half, from the end in the second.
+        one, eps = np.float32(1), np.float32(self.eps)
+        spacing = (eps - one) / np.float32(self.steps)
+        i = np.arange(self.steps + 1, dtype=np.float32)
+        times = np.where(i < (self.steps + 1) // 2, one + spacing * i, eps - spacing * (self.steps - i))
+        return np.append(one - times[1:-1] / times[:-2], one).astype(np.float32)
+
+    def __call__(self, candidates, masked, step):
+        return top(-candidates.entropy, masked, self.count(masked, step))
+
+
+@dataclasses.dataclass(frozen=True)
+class Allowance:
+    """Fast-dLLM's rule for Dream without a cache: the response is dealt out over `steps`; a step looks at the surest
+    positions, as many as are dealt out and not yet finalized, and takes those of at least `tau` and always the best.
+    """
+
+    steps: int
+    tau: float
+
+    def __post_init__(self):
+        if not is_count(self.steps):
+            raise InputError(f"Allowance: steps must be a positive integer, got {self.steps}")
+        if not 0 <= self.tau <= 1:
+            raise InputError(f"Allowance: tau must be in [0, 1], got {self.tau}")
+
+    def __call__(self, candidates, masked, step):
+        size = masked.shape[1]
+        dealt = jnp.minimum(step + 1, self.steps) * (size // self.steps)
+        looked_at = dealt - (size - masked.sum(axis=1))
+        return top(candidates.probability, masked, looked_at) & Threshold(self.tau, inclusive=True)(
+            candidates, masked, step
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class FirstThen:
+    """The block's first position in the first forward, whatever its confidence; then as `rest` says.
+
+    Fast-dLLM's cached decoders for Dream: a forward over the block alone has no row that predicts its first token.
+    """
+
+    rest: Unmask
+
+    def __call__(self, candidates, masked, step):
+        first = masked & (jnp.arange(masked.shape[1]) == 0)
+        return jnp.where((step == 0)[:, None], first, self.rest(candidates, masked, step))
+
+
+def top(score: jax.Array, masked: jax.Array, count: jax.Array) -> jax.Array:
+    """The `count` [rows] masked positions of highest score: bool [rows, B]."""
+    return masked & (ranks(score, masked) < count[:, None])
 
 
 def ranks(score: jax.Array, masked: jax.Array) -> jax.Array:

@@ -11,7 +11,7 @@ import numpy as np
 
 from cdlm_jax import tasks
 from cdlm_jax.data import Encoder
-from cdlm_jax.decoding.common import DecodeResult
+from cdlm_jax.decoding.progress import DecodeResult
 
 # decode(prompts [rows, P_max], prompt_lengths [rows]) -> DecodeResult: a decoder with model, config and key bound.
 Decode = Callable[[jax.Array, jax.Array], DecodeResult]

@@ -1,4 +1,4 @@
-"""Hugging Face folders of LLaDA and Dream (config.json + safetensors) <-> Transformer, without PyTorch."""
+"""Hugging Face folders of LLaDA, Dream, Qwen2.5, Llama (config.json, safetensors) <-> Transformer, without PyTorch."""
 
 import contextlib
 import dataclasses
@@ -61,6 +61,7 @@ TENSORS = {
         "lm_head.kernel": "lm_head.weight",
     },
 }
+TENSORS["qwen2"] = TENSORS["llama"] = TENSORS["dream"]
 STORED_DTYPES = {"F32": jnp.dtype("float32"), "BF16": jnp.dtype("bfloat16")}
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 

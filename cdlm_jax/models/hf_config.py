@@ -1,7 +1,8 @@
-"""Hugging Face config.json <-> ModelConfig, for the two families this project reads.
+"""Hugging Face config.json <-> ModelConfig, for the families this project reads.
 
 Facts are those of GSAI-ML/LLaDA-8B-Instruct (`configuration_llada.py`) and Dream-org/Dream-v0-Instruct-7B
-(`configuration_dream.py`). A setting that the Transformer cannot express is refused by name, never ignored.
+(`configuration_dream.py`), and of Qwen2.5 and Llama, the autoregressive models to compare with. A setting that the
+Transformer cannot express is refused by name, never ignored.
 """
 
 import dataclasses
@@ -90,6 +91,15 @@ _FAMILIES = {
         implied={"logit_alignment": "shifted", "qkv_bias": True},
     ),
 }
+# Dream began as Qwen2.5, so these differ from it in little.
+for _name, _architecture, _bias in (("qwen2", "Qwen2ForCausalLM", True), ("llama", "LlamaForCausalLM", False)):
+    _FAMILIES[_name] = dataclasses.replace(
+        _FAMILIES["dream"],
+        model_type=_name,
+        architecture=_architecture,
+        fixed=_FAMILIES["dream"].fixed | {"attention_bias": (False, None), "mlp_bias": (False, None)},
+        implied={"logit_alignment": "shifted", "qkv_bias": _bias, "mask_token_id": None},
+    )
 
 
 def read_config(folder: str | Path) -> ModelConfig:
@@ -139,8 +149,8 @@ def parse_config(raw: dict[str, Any], where: str) -> ModelConfig:
             only = " or ".join(json.dumps(value) for value in allowed)
             raise InputError(f"{where}: {key} is {json.dumps(raw.get(key))}; this model supports only {only}")
     raw = _with_defaults(name, raw, where)
-    keys = family.fields | {key: key for key in _TOKEN_IDS}
-    values = {field: _value(raw, key, _KINDS[field], where) for field, key in keys.items()}
+    tokens = {key: _value(raw, key, int, where) for key in _TOKEN_IDS if key not in family.implied}
+    values = {field: _value(raw, key, _KINDS[field], where) for field, key in family.fields.items()} | tokens
     try:
         return ModelConfig(family=name, **values, **family.implied)
     except InputError as error:
@@ -148,7 +158,9 @@ def parse_config(raw: dict[str, Any], where: str) -> ModelConfig:
 
 
 def _with_defaults(family: str, raw: dict[str, Any], where: str) -> dict[str, Any]:
-    """Upstream's rules for keys that are null or absent."""
+    """Upstream's rules for keys that are null or absent. Of several EOS tokens (Llama) the first one counts."""
+    if family == "llama" and isinstance(eos := raw.get("eos_token_id"), list) and eos:
+        raw = raw | {"eos_token_id": eos[0]}
     defaults = {"pad_token_id": raw.get("eos_token_id")}
     if family == "llada":
         defaults |= {
@@ -167,6 +179,8 @@ def _with_defaults(family: str, raw: dict[str, Any], where: str) -> dict[str, An
         if raw.get("head_dim") is not None and _value(raw, "head_dim", int, where) * heads != raw.get("hidden_size"):
             raise InputError(f"{where}: head_dim is {raw['head_dim']}; it must be hidden_size / num_attention_heads")
         defaults |= {"num_key_value_heads": heads, "tie_word_embeddings": False}
+        if family == "llama":
+            defaults["rope_theta"] = 10_000.0
     return raw | {key: value for key, value in defaults.items() if raw.get(key) is None}
 
 
@@ -215,5 +229,5 @@ def _generated(config: ModelConfig) -> dict[str, Any]:
         "vocab_size": config.vocab_size,
         **{key: allowed[0] for key, allowed in family.fixed.items()},
         **{key: getattr(config, field) for field, key in family.fields.items()},
-        **{key: getattr(config, key) for key in _TOKEN_IDS},
+        **{key: getattr(config, key) for key in _TOKEN_IDS if getattr(config, key) is not None},
     }

@@ -83,13 +83,21 @@ class Layer(nnx.Module):
         )
         return rotate(q, angles), rotate(k, angles), v
 
-    def update(self, x: jax.Array, attended: jax.Array) -> jax.Array:
-        """x [rows, Q, d] and the attention's result [rows, Q, H, D] -> the block's output [rows, Q, d]."""
+    def attention_out(self, attended: jax.Array) -> jax.Array:
+        """The attention's result [rows, Q, H, D] -> what it adds to the stream, [rows, Q, d]."""
         with jax.named_scope("attention_out"):
-            x += self.out(attended.reshape(*attended.shape[:-2], -1))
+            return self.out(attended.reshape(*attended.shape[:-2], -1))
+
+    def mlp(self, x: jax.Array) -> jax.Array:
+        """What the feed-forward half adds to the stream: [rows, Q, d] -> [rows, Q, d]."""
         with jax.named_scope("mlp"):
             normed = self.mlp_norm(x)
-            return x + self.down(jax.nn.silu(self.gate(normed)) * self.up(normed))
+            return self.down(jax.nn.silu(self.gate(normed)) * self.up(normed))
+
+    def update(self, x: jax.Array, attended: jax.Array) -> jax.Array:
+        """x [rows, Q, d] and the attention's result [rows, Q, H, D] -> the layer's output [rows, Q, d]."""
+        x += self.attention_out(attended)
+        return x + self.mlp(x)
 
 
 class Transformer(nnx.Module):

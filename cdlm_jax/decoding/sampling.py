@@ -1,0 +1,83 @@
+"""Tokens drawn from a tempered and cut softmax, and how sure of them it is (Dream's `sample_tokens`)."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from cdlm_jax.config import InputError, is_count
+from cdlm_jax.kernels.vocab import Confidence, confidence
+from cdlm_jax.models.transformer import Transformer
+
+ROWS_AT_ONCE = 32  # hidden rows whose logits exist together
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """temperature 0 takes the most probable token. Then, in this order: temperature, top_p, top_k.
+
+    top_p drops a token when the tokens ahead of it have more than top_p together; top_k keeps the k most probable.
+    None, and top_p 1, cut nothing.
+    """
+
+    temperature: float = 0.0
+    top_p: float | None = None
+    top_k: int | None = None
+
+    def __post_init__(self):
+        if not self.temperature >= 0:
+            raise InputError(f"temperature must be 0 or more, got {self.temperature}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise InputError(f"top_p must be in (0, 1], got {self.top_p}")
+        if self.top_k is not None and not is_count(self.top_k):
+            raise InputError(f"top_k must be a positive integer, got {self.top_k}")
+
+    def __call__(self, model: Transformer, hidden: jax.Array, keys: jax.Array | None = None) -> Confidence:
+        """hidden [rows, Q, d] -> Confidence of [rows, Q] arrays, of the cut distribution.
+
+        keys [rows] are needed at temperature > 0; the probability is then that of the token drawn. The mask token keeps
+        its share of the probability but is never the answer: upstream would finalize it as a mask.
+        """
+        forbidden = model.config.mask_token_id
+        if self == Sampling():
+            return confidence(hidden, model.head, forbidden=forbidden)
+        rows, size, _ = hidden.shape
+        if self.temperature > 0:
+            places = jax.vmap(lambda key: jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(size)))(keys)
+        else:
+            places = jnp.zeros((rows, size))
+
+        def one(given):
+            hidden_row, key = given
+            return self._answer(model.unembed(hidden_row), key, forbidden)
+
+        flat = jax.tree.map(lambda x: x.reshape(rows * size, *x.shape[2:]), (hidden, places))
+        answers = jax.lax.map(one, flat, batch_size=min(ROWS_AT_ONCE, rows * size))
+        return jax.tree.map(lambda x: x.reshape(rows, size), answers)
+
+    def _answer(self, logits: jax.Array, key: jax.Array, forbidden: int | None) -> Confidence:
+        """logits [V] -> Confidence of scalars."""
+        log_p = jax.nn.log_softmax(self.cut(logits / self.temperature if self.temperature > 0 else logits))
+        allowed = log_p if forbidden is None else log_p.at[forbidden].set(-jnp.inf)
+        if self.temperature > 0:
+            # "high" draws the noise with enough bits that the tail of the softmax is not lost (upstream: float64).
+            noise = jax.random.gumbel(key, logits.shape, mode="high")
+            token = jnp.argmax(allowed + noise)
+        else:
+            token = jnp.argmax(allowed)
+        p = jnp.exp(log_p)
+        first, second = jnp.exp(jax.lax.top_k(allowed, 2)[0])
+        entropy = -jnp.sum(jnp.where(p > 0, p * log_p, 0.0))
+        return Confidence(token.astype(jnp.int32), p[token], first - second, entropy)
+
+    def cut(self, logits: jax.Array) -> jax.Array:
+        """logits [V] with -inf where top_p and top_k cut."""
+        if self.top_p is not None and self.top_p < 1:
+            falling = jnp.argsort(-logits, stable=True)
+            p = jax.nn.softmax(logits[falling])
+            ahead = jnp.cumsum(p) - p
+            logits = logits.at[falling].set(jnp.where(ahead > self.top_p, -jnp.inf, logits[falling]))
+        if self.top_k is not None:
+            least = jax.lax.top_k(logits, min(self.top_k, logits.shape[-1]))[0][-1]
+            logits = jnp.where(logits < least, -jnp.inf, logits)
+        return logits
