@@ -136,11 +136,16 @@ def _quickstart_flags(values: flags.FlagValues) -> None:
 def _model_flags(values: flags.FlagValues) -> None:
     text, number, real = flags.DEFINE_string, flags.DEFINE_integer, flags.DEFINE_float
     text("model", "shipped", "Model folder; `shipped` is the tiny teacher in the package.", flag_values=values)
-    text("decoder", None, "cdlm (block-causal student) or naive (bidirectional teacher).", flag_values=values)
+    text("decoder", None, "cdlm, naive, dream, fast_dllm, dllm_cache or autoregressive.", flag_values=values)
     number("gen_length", None, "Response tokens.", lower_bound=1, flag_values=values)
     number("block_size", None, "Tokens per block.", lower_bound=1, flag_values=values)
     real("threshold", None, "Finalize every token surer than this.", flag_values=values)
-    number("steps", None, "Forwards in all (naive decoder).", lower_bound=1, flag_values=values)
+    number("steps", None, "Forwards in all (naive, dream, fast_dllm, dllm_cache).", lower_bound=1, flag_values=values)
+    real("factor", None, "Fast-dLLM's factor rule.", flag_values=values)
+    text("cache", None, "Of fast_dllm: none, prefix or dual.", flag_values=values)
+    text("algorithm", None, "Of dream: origin, maskgit_plus, topk_margin or entropy.", flag_values=values)
+    number("prompt_interval", None, "Of dllm_cache: K_p.", lower_bound=1, flag_values=values)
+    number("response_interval", None, "Of dllm_cache: K_r.", lower_bound=1, flag_values=values)
     real("temperature", 0.0, "0 is greedy.", flag_values=values)
     number("seed", 0, "Of sampling.", lower_bound=0, upper_bound=2**32 - 1, flag_values=values)
     number("batch_size", 16, "Prompts decoded together.", lower_bound=1, flag_values=values)
@@ -207,20 +212,20 @@ def _generate(values: flags.FlagValues) -> None:
         got = ", ".join(sources) or "none"
         raise InputError(f"give exactly one of --prompt, --prompt_ids, --task, --input; got {got}")
     folder, options = ModelFolder.load(values.model), _options(values)
-    options = options.resolve(folder.metadata)
+    options = options.resolve(folder.metadata, causal=folder.model.config.mask_token_id is None)
     tokenizer = folder.tokenizer
     match sources[0]:
         case "prompt":
-            requests = [generate.text_request(tokenizer, values.prompt, chat=values.chat)]
+            cases = [generate.text_case(tokenizer, values.prompt, chat=values.chat)]
         case "prompt_ids":
-            requests = [generate.Request(_integers("prompt_ids", values.prompt_ids))]
+            cases = [generate.Case(_integers("prompt_ids", values.prompt_ids))]
         case "task":
-            requests = generate.task_requests(tokenizer, values.task, values.num)
+            cases = generate.task_cases(folder, values.task, values.num)
         case "input":
-            requests = generate.file_requests(tokenizer, Path(values.input), chat=values.chat)
+            cases = generate.file_cases(tokenizer, Path(values.input), chat=values.chat)
     generate.run(
         folder,
-        requests,
+        cases,
         options,
         batch_size=values.batch_size,
         output=None if values.output is None else Path(values.output),
@@ -236,9 +241,9 @@ def _evaluate(values: flags.FlagValues) -> None:
     if not values.task and not values.data:
         raise InputError("give --task=names, --data=files, or both")
     folder = ModelFolder.load(values.model)
-    options = _options(values).resolve(folder.metadata)
-    groups = evaluate.problem_groups(values.task or [], values.num, [Path(path) for path in values.data or []])
-    _console().print(evaluate.score(folder, groups, options, values.batch_size))
+    options = _options(values).resolve(folder.metadata, causal=folder.model.config.mask_token_id is None)
+    cases = evaluate.cases(folder.tokenizer, values.task or [], values.num, [Path(path) for path in values.data or []])
+    _console().print(evaluate.table(evaluate.score(folder, cases, options, values.batch_size)))
 
 
 def _export(values: flags.FlagValues) -> None:
@@ -251,10 +256,11 @@ def _export(values: flags.FlagValues) -> None:
 
 
 def _options(values: flags.FlagValues):
-    from cdlm_jax.generate import Options
+    from dataclasses import fields
 
-    names = ("decoder", "gen_length", "block_size", "threshold", "steps", "temperature", "seed")
-    return Options(**{name: values[name].value for name in names})
+    from cdlm_jax.decoding.options import Options
+
+    return Options(**{field.name: values[field.name].value for field in fields(Options)})
 
 
 def _integers(name: str, items: list[str]) -> list[int]:

@@ -5,19 +5,28 @@ import json
 import time
 from functools import partial
 
-import jax.numpy as jnp
-import numpy as np
 from rich.console import Console
 
 from cdlm_jax import recipe as stages
 from cdlm_jax.config import InputError
-from cdlm_jax.data import Encoder
 from cdlm_jax.decoding.unmask import Threshold
-from cdlm_jax.evaluation.harness import Decode, evaluate, heldout_problems, latencies, spread
+from cdlm_jax.evaluation.harness import (
+    Answer,
+    Decode,
+    Score,
+    answers,
+    by_group,
+    heldout_problems,
+    problem_cases,
+    single_requests,
+    spread,
+    timings,
+)
 from cdlm_jax.evaluation.player import play
 from cdlm_jax.evaluation.report import MethodResult, Order, markdown, plot_accuracy, plot_order, table, task_table
 from cdlm_jax.model_folder import ModelFolder
 from cdlm_jax.recipe import Recipe, student_decoder, teacher_decoder
+from cdlm_jax.tokenizers import Tokenizer
 
 TEACHER = "teacher, 1 token per step"
 STUDENT = "CDLM, tau 0.9"
@@ -78,15 +87,19 @@ def report(
     Returns the results, and one prompt with the order in which the student answered it.
     """
     encoder = teacher.encoder(recipe.prompt_length, recipe.gen_length)
-    problems = heldout_problems(list(recipe.tasks), recipe.heldout_per_task)
+    cases = problem_cases(encoder.tokenizer, heldout_problems(list(recipe.tasks), recipe.heldout_per_task))
+    width, config = recipe.prompt_length, teacher.model.config
+
+    def evaluate(decode: Decode) -> list[Answer]:
+        return list(answers(decode, config, encoder.tokenizer, cases, batch_size=64, width=width))
 
     def student_at(tau: float) -> Decode:
         return partial(student_decoder(recipe, tau), student.model)
 
     # The truncated teacher gets the student's own budget of forwards, in whole steps per block.
     blocks = recipe.gen_length // recipe.block_size
-    evaluations = {STUDENT: evaluate(student_at(0.9), encoder, problems, batch_size=64)}
-    budget = evaluations[STUDENT].mean_forwards
+    answered = {STUDENT: evaluate(student_at(0.9))}
+    budget = Score.of(answered[STUDENT]).forwards
     steps = blocks * min(recipe.block_size // 2, max(1, round(budget / blocks)))
     methods: dict[str, tuple[str, Decode]] = {
         TEACHER: ("teacher", partial(teacher_decoder(recipe), teacher.model)),
@@ -99,26 +112,26 @@ def report(
         "CDLM, tau 0.7": ("CDLM", student_at(0.7)),
     }
     with console.status("latency, one sequence at a time"):
-        seconds = latencies(
-            {name: decode for name, (_, decode) in methods.items()},
-            encoder,
-            problems[:: max(1, len(problems) // LATENCY_PROBLEMS)],
-        )
+        requests = single_requests(cases[:: max(1, len(cases) // LATENCY_PROBLEMS)], width, config.pad_token_id)
+        seconds = timings({name: decode for name, (_, decode) in methods.items()}, requests)
     results = []
     for name, (series, decode) in methods.items():
-        with console.status(f"{name}: {len(problems)} problems"):
-            found = evaluations.get(name) or evaluate(decode, encoder, problems, batch_size=64)
-        median, low, high = (1000 * value for value in spread(seconds[name]))
+        if name not in answered:
+            with console.status(f"{name}: {len(cases)} problems"):
+                answered[name] = evaluate(decode)
+        found = answered[name]
+        score = Score.of(found)
+        median, low, high = (1000 * value for value in spread(seconds[name].calls))
         results.append(
             MethodResult(
                 name=name,
-                accuracy=found.accuracy,
-                problems=len(problems),
-                forwards=found.mean_forwards,
-                tokens_per_forward=found.tokens_per_forward,
+                accuracy=score.accuracy,
+                problems=len(cases),
+                forwards=score.forwards,
+                tokens_per_forward=score.tokens_per_forward,
                 latency_ms=median,
                 latency_spread=(low, high),
-                per_task=found.per_task,
+                per_task={name: score.accuracy for name, score in by_group(found).items()},
                 series=series,
             )
         )
@@ -128,16 +141,13 @@ def report(
     console.print(task_table(results))
     (folder / "results.md").write_text(markdown(results, TEACHER))
     plot_accuracy(results, folder / "accuracy.png", "Held-out accuracy against forward passes")
-    prompt = problems[0][1].prompt
-    orders = [_order(name, methods[name][1], encoder, prompt, recipe.block_size) for name in (TEACHER, STUDENT)]
+    orders = [_order(name, answered[name][0], encoder.tokenizer, recipe.block_size) for name in (TEACHER, STUDENT)]
+    prompt = cases[0].text
     plot_order(orders, folder / "order.png", f"When each token of the answer to {prompt} was finalized")
     return results, (prompt, orders[-1])
 
 
-def _order(label: str, decode: Decode, encoder: Encoder, prompt: str, block_size: int) -> Order:
-    prompts, lengths = encoder.prompts([prompt])
-    result = decode(jnp.asarray(prompts), jnp.asarray(lengths))
-    tokens = np.asarray(result.tokens[0])
-    shown = [encoder.tokenizer.id_to_token(token) for token in tokens[: int(result.lengths[0])].tolist()]
-    pieces = shown + [""] * (len(tokens) - len(shown))
-    return Order(label, pieces, np.asarray(result.finalized_at[0]), int(result.forwards[0]), block_size)
+def _order(label: str, answer: Answer, tokenizer: Tokenizer, block_size: int) -> Order:
+    shown = [tokenizer.id_to_token(token) for token in answer.tokens[: answer.length].tolist()]
+    pieces = shown + [""] * (len(answer.tokens) - len(shown))
+    return Order(label, pieces, answer.finalized_at, answer.forwards, block_size)

@@ -11,15 +11,16 @@ from flax import nnx
 from cdlm_jax import tasks
 from cdlm_jax.config import InputError, ModelConfig
 from cdlm_jax.data import Encoder, ProblemMixture, problem_batches
-from cdlm_jax.decoding import cdlm, naive
+from cdlm_jax.decoding import autoregressive, cdlm, naive
 from cdlm_jax.decoding.common import check_blocks
 from cdlm_jax.decoding.unmask import Threshold
-from cdlm_jax.evaluation.harness import evaluate, heldout_problems
+from cdlm_jax.evaluation.harness import Score, answers, by_group, heldout_problems, problem_cases
 from cdlm_jax.model_folder import ModelFolder
 from cdlm_jax.models.hf import fingerprint
 from cdlm_jax.models.lora import merge
 from cdlm_jax.models.transformer import Transformer
 from cdlm_jax.tokenizers import Tokenizer
+from cdlm_jax.training import causal
 from cdlm_jax.training import distill as distillation
 from cdlm_jax.training import teacher as pretraining
 from cdlm_jax.training.loop import train
@@ -97,14 +98,18 @@ class Recipe:
 
 
 def pretrain(recipe: Recipe) -> ModelFolder:
-    """Train a bidirectional teacher on the mixture; writes `work/teacher`."""
+    """Train a bidirectional teacher on the mixture, or a causal model: writes `work/teacher`, `work/autoregressive`."""
     config = recipe.pretrain
     start = ModelFolder.load(recipe.init) if recipe.init else untrained(recipe)
     encoder = start.encoder(recipe.prompt_length, recipe.gen_length)
     settings = recipe.settings("model", "pretrain") | {"init": fingerprint(start.model) if recipe.init else ""}
     graphdef, trainable, rest = nnx.split(start.model, nnx.Param, ...)
     optimizer = make_optimizer(config.optimizer, config.steps)
-    loss_fn = pretraining.make_loss(graphdef, config.noise, config.steps)
+    if config.objective == "autoregressive":
+        role, loss_fn, decoder = "autoregressive", causal.make_loss(graphdef), autoregressive_decoder(recipe)
+    else:
+        loss_fn = pretraining.make_loss(graphdef, config.noise, config.steps)
+        role, decoder = "teacher", teacher_decoder(recipe)
     mixture = recipe.problems("train", config.steps * config.batch_size, stream=0)
     state = train(
         make_train_step(loss_fn, optimizer, seed=recipe.seed, ema_decay=config.ema_decay),
@@ -114,24 +119,28 @@ def pretrain(recipe: Recipe) -> ModelFolder:
         config,
         folder=recipe.folder / "pretrain",
         settings=settings,
-        label="teacher",
-        evaluate=_heldout(recipe, encoder, partial(_merged, graphdef, rest), teacher_decoder(recipe)),
+        label=role,
+        evaluate=_heldout(recipe, encoder, partial(_merged, graphdef, rest), decoder),
     )
-    teacher = ModelFolder(_merged(graphdef, rest, state), start.tokenizer, recipe.metadata("teacher"))
-    teacher.save(recipe.folder / "teacher", replace=True)
-    return teacher
+    trained = ModelFolder(_merged(graphdef, rest, state), start.tokenizer, recipe.metadata(role))
+    trained.save(recipe.folder / role, replace=True)
+    return trained
 
 
 def untrained(recipe: Recipe) -> ModelFolder:
     """A character model of the recipe's shape with random weights."""
     tokenizer = Tokenizer.characters(tasks.CHARACTERS)
     eos = tokenizer.token_to_id("<eos>")
+    if recipe.pretrain.objective == "autoregressive":
+        kind = {"family": "llama", "logit_alignment": "shifted", "mask_token_id": None}
+    else:
+        kind = {"mask_token_id": tokenizer.token_to_id("<mask>")}
     config = ModelConfig(
         vocab_size=tokenizer.vocab_size,
-        mask_token_id=tokenizer.token_to_id("<mask>"),
         eos_token_id=eos,
         pad_token_id=eos,
         max_length=recipe.prompt_length + recipe.gen_length,
+        **kind,
         **dataclasses.asdict(recipe.model),
     )
     return ModelFolder(Transformer(config, rngs=nnx.Rngs(recipe.seed)), tokenizer, recipe.metadata("teacher"))
@@ -191,19 +200,24 @@ def distill(recipe: Recipe) -> ModelFolder:
 
 
 def teacher_decoder(recipe: Recipe, **options) -> Callable:
-    """decode(model, prompts, lengths): the teacher's, one token per step unless `options` of naive.Config say else."""
+    """decode(model, prompts, lengths, keys): the teacher's, one token per step, or by `options` of naive.Config."""
     config = naive.Config(gen_length=recipe.gen_length, block_size=recipe.block_size, **options)
     return partial(_decode, naive.generate, config)
 
 
 def student_decoder(recipe: Recipe, tau: float = 0.9) -> Callable:
-    """decode(model, prompts, lengths): the student's, against the exact cache."""
+    """decode(model, prompts, lengths, keys): the student's, against the exact cache."""
     config = cdlm.Config(gen_length=recipe.gen_length, block_size=recipe.block_size, unmask=Threshold(tau))
     return partial(_decode, cdlm.generate, config)
 
 
-def _decode(generate, config, model, prompts, prompt_lengths):
-    return generate(model, prompts, prompt_lengths, config)
+def autoregressive_decoder(recipe: Recipe) -> Callable:
+    """decode(model, prompts, lengths, keys): a causal model's, greedy."""
+    return partial(_decode, autoregressive.generate, autoregressive.Config(gen_length=recipe.gen_length))
+
+
+def _decode(generate, config, model, prompts, prompt_lengths, keys):
+    return generate(model, prompts, prompt_lengths, config, keys)
 
 
 def _merged(graphdef: nnx.GraphDef, rest: nnx.State, state: TrainState) -> Transformer:
@@ -214,10 +228,13 @@ def _heldout(recipe: Recipe, encoder: Encoder, model_of: Callable, decode: Calla
     """The periodic evaluation of a training loop: accuracy per task and mean forwards on held-out problems."""
     if recipe.heldout_per_task == 0:
         return None
-    problems = heldout_problems(list(recipe.tasks), recipe.heldout_per_task)
+    cases = problem_cases(encoder.tokenizer, heldout_problems(list(recipe.tasks), recipe.heldout_per_task))
 
     def evaluate_state(state: TrainState) -> dict[str, float]:
-        result = evaluate(partial(decode, model_of(state)), encoder, problems, batch_size=64)
-        return {**result.per_task, "accuracy": result.accuracy, "forwards": result.mean_forwards}
+        model, width = model_of(state), recipe.prompt_length
+        decoder = partial(decode, model)
+        found = list(answers(decoder, model.config, encoder.tokenizer, cases, batch_size=64, width=width))
+        whole, groups = Score.of(found), {name: score.accuracy for name, score in by_group(found).items()}
+        return {**groups, "accuracy": whole.accuracy, "forwards": whole.forwards}
 
     return evaluate_state

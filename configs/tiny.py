@@ -47,6 +47,7 @@ def get_config(variant: str = "full") -> ConfigDict:
         "norm_eps": 1e-5,
     }
     config.pretrain = {
+        "objective": "masked_denoising",
         "steps": 7500,
         "batch_size": 64,
         "ema_decay": 0.995,
@@ -91,6 +92,9 @@ def get_config(variant: str = "full") -> ConfigDict:
         config.pretrain.update(steps=3200)
         config.pretrain.optimizer.learning_rate = 6e-3
         config.pretrain.noise.first_t_max = 1.0
+    elif variant == "autoregressive":
+        config.work = "runs/tiny/autoregressive"
+        config.pretrain.update(objective="autoregressive", steps=4000)
     elif variant == "quick":
         config.work = "runs/quickstart"
         config.tasks = {"chain": 2.0, "sudoku4": 1.0}
@@ -98,5 +102,5 @@ def get_config(variant: str = "full") -> ConfigDict:
         config.collect.update(num_prompts=960, shard_size=256)
         config.distill.update(steps=320, batch_size=32, checkpoint_every=80)
     elif variant != "full":
-        raise ValueError(f"configs/tiny.py:{variant} is unknown, allowed: full, finish, quick")
+        raise ValueError(f"configs/tiny.py:{variant} is unknown, allowed: full, finish, autoregressive, quick")
     return config

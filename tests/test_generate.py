@@ -15,10 +15,12 @@ from test_model_folder import BLOCK_SIZE, GEN_LENGTH, tiny_folder
 
 from cdlm_jax import evaluate, generate, tasks
 from cdlm_jax.cli import main
+from cdlm_jax.config import InputError
 from cdlm_jax.decoding import cdlm, naive
+from cdlm_jax.decoding.options import DECODERS, Options
 from cdlm_jax.decoding.progress import DecodeResult, response_lengths
 from cdlm_jax.decoding.unmask import Threshold
-from cdlm_jax.generate import Options, Request
+from cdlm_jax.evaluation.harness import Answer, Case
 from cdlm_jax.model_folder import ModelFolder
 from cdlm_jax.tokenizers import Tokenizer
 
@@ -92,13 +94,13 @@ def test_golden_folders_with_token_ids_in_and_out(case_id, tmp_path):
 
 
 def test_samples_do_not_depend_on_the_batch():
-    """A sample belongs to its place in the list of requests and to the seed."""
+    """A sample belongs to its place in the list of cases and to the seed."""
     model_folder = ModelFolder.load(GOLDEN / "dream" / "model")
-    requests = [Request([3, 4, 5]), Request([6]), Request([3, 4, 5])]
+    cases = [Case([3, 4, 5]), Case([6]), Case([3, 4, 5])]
     options = Options(decoder="cdlm", gen_length=16, block_size=8, temperature=0.8, seed=5)
 
     def tokens(options, batch_size):
-        return [answer.tokens.tolist() for answer in generate.answers(model_folder, requests, options, batch_size)]
+        return [answer.tokens.tolist() for answer in generate.answer_all(model_folder, cases, options, batch_size)]
 
     alone = tokens(options, 1)
     assert alone == tokens(options, 3)
@@ -114,6 +116,32 @@ def test_the_folder_says_how_it_is_decoded():
     assert student == Options(decoder="cdlm", gen_length=64, block_size=BLOCK_SIZE, threshold=0.7)
     assert Options().resolve(tiny_folder().metadata).decoder == "naive"
     assert Options().resolve({}) == Options(decoder="naive", gen_length=256, block_size=32)
+    assert Options().resolve({}, causal=True).decoder == "autoregressive"
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_options_reach_every_decoder(decoder, monkeypatch):
+    """By the names of its own Config; the others are refused by name."""
+    options = {
+        "naive": {"steps": 32},
+        "dream": {"steps": 7, "algorithm": "topk_margin"},
+        "fast_dllm": {"threshold": 0.25, "cache": "dual"},
+        "dllm_cache": {"prompt_interval": 3, "response_interval": 2},
+        "autoregressive": {"temperature": 0.5},
+        "cdlm": {"temperature": 0.5},
+    }[decoder]
+    seen = Mock()
+    monkeypatch.setattr(DECODERS[decoder], "generate", seen)
+    Options(decoder=decoder, **options).resolve({"gen_length": 64, "block_size": 16}).bind()("model", "p", "n", "key")
+    (*given, config, key), _ = seen.call_args
+    assert (*given, key) == ("model", "p", "n", "key")
+    assert type(config) is DECODERS[decoder].Config
+    sizes = {"gen_length": 64} | ({"block_size": 16} if hasattr(config, "block_size") else {})
+    assert {name: getattr(config, name) for name in sizes | options} == sizes | options
+    foreign = "factor" if decoder != "fast_dllm" else "algorithm"
+    value = {"factor": 0.5, "algorithm": "entropy"}[foreign]
+    with pytest.raises(InputError, match=f"^{foreign} is no option of the {decoder} decoder, allowed: "):
+        Options(decoder=decoder, **{foreign: value}).resolve({})
 
 
 # ---- tasks and their scores ----------------------------------------------------------------------------------------
@@ -176,10 +204,9 @@ def test_evaluate_reads_real_data(tmp_path, expert, monkeypatch):
     """Files of another task than the model was trained on are scored by that task."""
     row = {"input": "15,44,79,50", "output": "44-15=29,79-29=50"}
     path = write_rows(tmp_path / "countdown.jsonl", [row, row])
-    groups = evaluate.problem_groups([], 1, [path])
-    assert list(groups) == ["countdown.jsonl"]
-    (name, problem), _ = groups["countdown.jsonl"]
-    assert (name, problem.prompt, problem.answer) == ("countdown3", "15,44,79>50", row["output"])
+    case, _ = evaluate.cases(tiny_folder().tokenizer, [], 1, [path])
+    assert (case.group, case.text) == ("countdown.jsonl", "15,44,79>50")
+    assert case.check("44-15=29,79-29=50") and not case.check("44-15=29,79-29=51")
 
 
 # ---- text ----------------------------------------------------------------------------------------------------------
@@ -206,8 +233,8 @@ def test_chat_template(chat_folder, tmp_path, flag, sent):
 
 
 def test_tasks_never_use_the_chat_template(chat_folder):
-    (request,) = generate.task_requests(ModelFolder.load(chat_folder).tokenizer, "chain", 1)
-    assert request.ids == tiny_folder().tokenizer.encode(request.problem[1].prompt)
+    (case,) = generate.task_cases(ModelFolder.load(chat_folder), "chain", 1)
+    assert case.ids == tiny_folder().tokenizer.encode(case.text)
 
 
 def test_lines_end_at_line_feeds_only(tmp_path):
@@ -215,7 +242,7 @@ def test_lines_end_at_line_feeds_only(tmp_path):
     text = "a\u2028b\x85c"
     path = tmp_path / "in.jsonl"
     path.write_text(json.dumps({"prompt": text}, ensure_ascii=False) + "\r\n\n" + '{"prompt_ids": [0]}', "utf-8")
-    first, second = generate.file_requests(Tokenizer.characters("abc\u2028\x85"), path, chat=True)
+    first, second = generate.file_cases(Tokenizer.characters("abc\u2028\x85"), path, chat=True)
     assert (first.text, first.ids, second.ids) == (text, [0, 3, 1, 4, 2], [0])
 
 
@@ -229,8 +256,8 @@ def test_show_steps_prints_a_line_per_forward_where_there_is_no_terminal(teacher
 
 def test_show_steps_without_a_tokenizer_shows_ids():
     model_folder = ModelFolder.load(GOLDEN / "llada" / "model")
-    answer = generate.Answer(
-        Request([3, 4]),
+    answer = Answer(
+        Case([3, 4]),
         np.array([9, 17, 501, 501]),
         np.array([0, 1, 1, 0]),
         length=2,
@@ -246,7 +273,7 @@ def test_show_steps_without_a_tokenizer_shows_ids():
 
 
 def test_the_output_appears_whole_or_not_at_all(tmp_path, monkeypatch):
-    answer = generate.Answer(Request([1]), np.array([2]), np.array([0]), length=1, forwards=1, text=None, correct=None)
+    answer = Answer(Case([1]), np.array([2]), np.array([0]), length=1, forwards=1, text=None, correct=None)
     output = tmp_path / "out.jsonl"
     generate.write_answers(output, [answer, answer])
     assert read_rows(output) == [{"prompt_ids": [1], "tokens": [2], "length": 1, "forwards": 1}] * 2

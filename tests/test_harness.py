@@ -1,5 +1,6 @@
 """Evaluation: one program for every batch, scores in the problems' order, and what each number means."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import jax.numpy as jnp
@@ -10,17 +11,31 @@ from hypothesis import strategies as st
 from test_model_folder import GEN_LENGTH, tiny_folder
 
 from cdlm_jax import tasks
+from cdlm_jax.config import InputError
 from cdlm_jax.decoding.progress import DecodeResult
 from cdlm_jax.evaluation import harness
-from cdlm_jax.evaluation.harness import Evaluation, evaluate, heldout_problems, latencies, spread
+from cdlm_jax.evaluation.harness import (
+    Answer,
+    Case,
+    Score,
+    answers,
+    by_group,
+    heldout_problems,
+    padded,
+    problem_cases,
+    single_requests,
+    spread,
+    timings,
+)
 
 PROBLEMS = heldout_problems(["chain", "sort"], 4)
 WRONG = {1, 2, 6}  # of PROBLEMS
+WIDTH, LENGTH = 24, GEN_LENGTH - 10
 
 
 @pytest.fixture(scope="module")
 def encoder():
-    return tiny_folder().encoder(prompt_length=24, gen_length=GEN_LENGTH - 10)
+    return tiny_folder().encoder(prompt_length=WIDTH, gen_length=LENGTH)
 
 
 class Scripted:
@@ -29,7 +44,8 @@ class Scripted:
     def __init__(self, encoder):
         self.encoder, self.calls = encoder, []
 
-    def __call__(self, prompts, lengths):
+    def __call__(self, prompts, lengths, keys):
+        assert prompts.shape == (len(lengths), WIDTH) and keys.shape == lengths.shape
         texts = [self.encoder.tokenizer.decode(row[:n].tolist()) for row, n in zip(prompts, lengths, strict=True)]
         at = [[problem.prompt for _, problem in PROBLEMS].index(text) for text in texts]
         self.calls.append(at)
@@ -38,39 +54,45 @@ class Scripted:
             tokens=jnp.asarray(np.stack([self.encoder.answer(answer) for answer in answers])),
             lengths=jnp.asarray([len(answer) for answer in answers]),
             forwards=jnp.asarray(at) + 1,
-            finalized_at=jnp.zeros((len(at), self.encoder.gen_length), jnp.int32),
+            finalized_at=jnp.zeros((len(at), LENGTH), jnp.int32),
         )
 
 
 @settings(max_examples=12, deadline=None)
 @given(batch_size=st.integers(1, 11))
 def test_every_batch_has_the_same_shape_and_every_problem_counts_once(encoder, batch_size):
-    decode = Scripted(encoder)
-    found = evaluate(decode, encoder, PROBLEMS, batch_size)
+    decode, tokenizer = Scripted(encoder), encoder.tokenizer
+    cases = problem_cases(tokenizer, PROBLEMS)
+    found = list(answers(decode, encoder.model, tokenizer, cases, batch_size=batch_size, width=WIDTH))
     whole = [i for call in decode.calls for i in call]
-    assert {len(call) for call in decode.calls} == {batch_size}
+    assert {len(call) for call in decode.calls} == {min(batch_size, 8)}
     assert whole[:8] == list(range(8)) and set(whole[8:]) <= {7}, "the last batch is filled up with its last problem"
     assert len(whole) < 8 + batch_size
-    assert found.responses == [problem.answer + "=" * (i in WRONG) for i, (_, problem) in enumerate(PROBLEMS)]
-    assert found.correct.tolist() == [i not in WRONG for i in range(8)]
-    assert found.forwards.tolist() == list(range(1, 9))
-    assert found.lengths.tolist() == [len(response) for response in found.responses]
-    assert found.per_task == {"chain": 0.5, "sort": 0.75}
-    assert (found.accuracy, found.mean_forwards) == (5 / 8, 4.5)
+    assert [answer.case for answer in found] == cases
+    assert [answer.text for answer in found] == [p.answer + "=" * (i in WRONG) for i, (_, p) in enumerate(PROBLEMS)]
+    assert [answer.correct for answer in found] == [i not in WRONG for i in range(8)]
+    assert [answer.forwards for answer in found] == list(range(1, 9))
+    assert [answer.length for answer in found] == [len(answer.text) for answer in found]
+    assert {name: score.accuracy for name, score in by_group(found).items()} == {"chain": 0.5, "sort": 0.75}
+    assert (Score.of(found).accuracy, Score.of(found).forwards) == (5 / 8, 4.5)
+
+
+def made(length, forwards, correct=True, group=""):
+    return Answer(Case([1], group=group), np.zeros(1), np.zeros(1), length, forwards, "", correct)
 
 
 def test_tokens_per_forward_is_a_ratio_of_sums():
     """Not the mean of ratios, which would be (2 + 2 + 0) / 3."""
-    found = Evaluation([], ["", "", ""], np.array([True] * 3), np.array([2, 5, 1]), np.array([4, 10, 0]))
-    assert found.tokens_per_forward == 14 / 8
-    assert found.mean_forwards == 8 / 3
+    found = Score.of([made(4, 2), made(10, 5), made(0, 1, correct=False)])
+    assert found == Score(3, accuracy=2 / 3, forwards=8 / 3, tokens=14 / 3, tokens_per_forward=14 / 8)
 
 
-def test_tasks_keep_their_order_of_appearance():
-    problem = PROBLEMS[0][1]
-    named = [("sort", problem), ("chain", problem), ("sort", problem)]
-    found = Evaluation(named, [""] * 3, np.array([True, True, False]), np.ones(3), np.ones(3))
-    assert list(found.per_task.items()) == [("sort", 0.5), ("chain", 1.0)]
+def test_groups_keep_their_order_of_appearance():
+    found = by_group([made(1, 1, group="sort"), made(1, 1, group="chain"), made(1, 1, correct=False, group="sort")])
+    assert [(name, score.accuracy, score.problems) for name, score in found.items()] == [
+        ("sort", 0.5, 2),
+        ("chain", 1.0, 1),
+    ]
 
 
 def test_heldout_problems_are_the_first_ones():
@@ -78,12 +100,34 @@ def test_heldout_problems_are_the_first_ones():
     assert [name for name, _ in PROBLEMS] == ["chain"] * 4 + ["sort"] * 4
 
 
-def test_latencies_take_turns_and_leave_compilation_out(encoder, monkeypatch):
+def test_batches_are_padded_and_filled_up():
+    prompts, lengths = padded([Case([5, 6]), Case([7])], rows=3, width=4, pad=9)
+    np.testing.assert_array_equal(prompts, [[5, 6, 9, 9], [7, 9, 9, 9], [7, 9, 9, 9]])
+    assert lengths.tolist() == [2, 1, 1]
+    with pytest.raises(InputError, match="^prompt 'abc' has 5 tokens, allowed: 1 to 4$"):
+        padded([Case([1] * 5, text="abc")], rows=1, width=4, pad=9)
+
+
+@pytest.mark.parametrize(
+    "ids, message",
+    [
+        ([], "prompt 1 is empty"),
+        ([3, 10_000], r"prompt 1 holds token 10000, outside the vocabulary 0\.\.\d+"),
+        ([3, 0], "prompt 1 holds the mask token 0 at position 1"),
+    ],
+)
+def test_prompts_are_refused_before_anything_is_decoded(encoder, ids, message):
+    config = dataclasses.replace(encoder.model, mask_token_id=0, eos_token_id=1)
+    with pytest.raises(InputError, match=f"^{message}$"):
+        next(answers(None, config, encoder.tokenizer, [Case([3]), Case(ids)], batch_size=1))
+
+
+def test_decoders_take_turns_and_compilation_is_left_out(encoder, monkeypatch):
     clock, log = [0.0], []
 
     def decoder(name, first, later):
-        def decode(prompts, lengths):
-            assert prompts.shape == (1, encoder.prompt_length) and lengths.shape == (1,)
+        def decode(prompts, lengths, keys):
+            assert prompts.shape == (1, WIDTH) and lengths.shape == keys.shape == (1,)
             clock[0] += later if name in log else first
             log.append(name)
             return lengths
@@ -91,9 +135,11 @@ def test_latencies_take_turns_and_leave_compilation_out(encoder, monkeypatch):
         return decode
 
     monkeypatch.setattr(harness, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
-    seconds = latencies({"a": decoder("a", 64.0, 1.0), "b": decoder("b", 32.0, 0.25)}, encoder, PROBLEMS[:3])
-    assert seconds == {"a": [1.0] * 3, "b": [0.25] * 3}
-    assert log == ["a", "b"] * 4
+    requests = single_requests(problem_cases(encoder.tokenizer, PROBLEMS[:3]), WIDTH, pad=0)
+    found = timings({"a": decoder("a", 64.0, 1.0), "b": decoder("b", 32.0, 0.25)}, requests, repetitions=2)
+    assert {name: timing.calls for name, timing in found.items()} == {"a": [1.0] * 6, "b": [0.25] * 6}
+    assert (found["a"].compile, found["b"].compile) == (63.0, 31.75)
+    assert log == ["a", "b"] * 8
 
 
 def test_spread():

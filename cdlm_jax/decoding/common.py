@@ -6,6 +6,7 @@ import numpy as np
 
 from cdlm_jax.config import InputError, LogitAlignment, ModelConfig, is_count
 from cdlm_jax.decoding.progress import Progress, take_rows
+from cdlm_jax.decoding.sampling import measure
 from cdlm_jax.decoding.unmask import Unmask
 from cdlm_jax.kernels.vocab import Confidence, confidence
 from cdlm_jax.models.transformer import Transformer
@@ -77,9 +78,8 @@ def predict(
     may be predicted but take no part in the probabilities, so theirs is 0.
     """
     mask_id = model.config.mask_token_id
-    candidates = confidence(hidden, model.head, forbidden=mask_id)
     if temperature == 0 and not banned and not unsure:
-        return candidates
+        return confidence(hidden, model.head, forbidden=mask_id)
     logits = model.unembed(hidden).at[..., list(banned)].set(-jnp.inf)
     scores = logits
     if temperature > 0:
@@ -87,9 +87,7 @@ def predict(
         noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:], mode="high"))(keys)
         scores = logits / temperature + noise
     token = jnp.argmax(scores.at[..., mask_id].set(-jnp.inf), axis=-1)
-    p = jax.nn.softmax(logits.at[..., list(unsure)].set(-jnp.inf))
-    drawn = jnp.take_along_axis(p, token[..., None], axis=-1)[..., 0]
-    return candidates._replace(token=token.astype(jnp.int32), probability=drawn)
+    return measure(jax.nn.log_softmax(logits.at[..., list(unsure)].set(-jnp.inf)), token, mask_id)
 
 
 def decide(
@@ -114,6 +112,11 @@ def check_steps(steps: int | None, gen_length: int, block_size: int) -> None:
     blocks = gen_length // block_size
     if steps is not None and not (is_count(steps) and steps <= gen_length and steps % blocks == 0):
         raise InputError(f"steps must be a multiple of the {blocks} blocks and at most {gen_length}, got {steps}")
+
+
+def steps_per_block(steps: int | None, gen_length: int, block_size: int) -> int | None:
+    """Of `steps` that have been checked."""
+    return None if steps is None else steps // (gen_length // block_size)
 
 
 def check_policy(unmask) -> None:

@@ -20,8 +20,9 @@ from cdlm_jax.decoding.common import (
     check_steps,
     decide,
     predicting_rows,
+    steps_per_block,
 )
-from cdlm_jax.decoding.progress import DecodeResult, Progress, block_step, until_done
+from cdlm_jax.decoding.progress import DecodeResult, Progress, block_step, take_at, until_done
 from cdlm_jax.decoding.unmask import Quota
 from cdlm_jax.kernels.block_attention import block_attention
 from cdlm_jax.models.transformer import Layer, Transformer, rotary
@@ -33,7 +34,7 @@ class Config:
     """steps: forwards in all, spread evenly over the blocks; None is one token per forward.
 
     prompt_interval, response_interval: K_p and K_r, forwards between two refreshes.
-    update_ratio: the share of response positions computed in between; 0 computes none.
+    update_ratio: the share of response positions computed in between (rounded down); 0 computes nothing.
     """
 
     gen_length: int
@@ -54,7 +55,7 @@ class Config:
 
     @property
     def policy(self) -> Quota:
-        return Quota(None if self.steps is None else self.steps // (self.gen_length // self.block_size))
+        return Quota(steps_per_block(self.steps, self.gen_length, self.block_size))
 
 
 @jax.tree_util.register_dataclass
@@ -138,18 +139,19 @@ def _layer(model, prompt_lengths, prompt_size: int, config: Config, prompt: bool
         due.append(jnp.where(in_prompt < prompt_lengths[:, None], in_prompt, size))
     if response:
         due.append(in_response)
-    elif count := int(config.gen_length * config.update_ratio):
-        kept, changed = _most_changed(layer, _take(x, in_response), kept, in_response, count)
+    elif config.update_ratio > 0:
+        count = int(config.gen_length * config.update_ratio)
+        kept, changed = _most_changed(layer, take_at(x, in_response), kept, in_response, count)
         due.append(changed)
     if due:
         at = jnp.concatenate(due, axis=1)
         angles = rotary(at, model.config.head_dim, model.config.rope_theta)
-        q, k, v = layer.project(_take(x, at), angles)
+        q, k, v = layer.project(take_at(x, at), angles)
         kept = kept.put(at, k=k, v=v)
         end = row_end(prompt_lengths, config.gen_length, at.shape[1])
         attended = block_attention(q, kept.k, kept.v, visible_end=end)
         kept = kept.put(at, attention=layer.attention_out(attended))
-        kept = kept.put(at, mlp=layer.mlp(_take(x + kept.attention, at)))
+        kept = kept.put(at, mlp=layer.mlp(take_at(x + kept.attention, at)))
     return x + kept.attention + kept.mlp, kept
 
 
@@ -160,14 +162,9 @@ def _most_changed(layer: Layer, x: jax.Array, kept: Features, at: jax.Array, cou
     """
     heads = kept.v.shape[-2:]
     v = layer.v(layer.attention_norm(x))  # [rows, L, K * D]
-    old = _take(kept.v, at).reshape(v.shape)
-    norms = jnp.linalg.norm(v, axis=-1) * jnp.linalg.norm(old, axis=-1)
-    likeness = jnp.sum(v * old, axis=-1) / jnp.maximum(norms, 1e-8)
+    # In float32: likenesses close to 1 are told apart in no other way.
+    new, old = (y.astype(jnp.float32) for y in (v, take_at(kept.v, at).reshape(v.shape)))
+    norms = jnp.linalg.norm(new, axis=-1) * jnp.linalg.norm(old, axis=-1)
+    likeness = jnp.sum(new * old, axis=-1) / jnp.maximum(norms, 1e-8)
     _, places = jax.lax.top_k(-likeness, count)
     return kept.put(at, v=v.reshape(*v.shape[:-1], *heads)), jnp.take_along_axis(at, places, axis=1)
-
-
-def _take(values: jax.Array, at: jax.Array) -> jax.Array:
-    """values [rows, S, ...] at positions [rows, Q], clipped to the row."""
-    at = jnp.minimum(at, values.shape[1] - 1)
-    return jnp.take_along_axis(values, at.reshape(at.shape + (1,) * (values.ndim - 2)), axis=1)

@@ -23,7 +23,7 @@ class Config:
 
     algorithm: what ranks the masked positions: `maskgit_plus` the top probability, `topk_margin` its lead over the
         second, `entropy` the negative entropy. `origin` reveals each position at random, with probability 1 - s / t.
-    eps: the time of the last step but one; the first is 1.
+    eps: the time after the last step; before the first it is 1.
     alg_temp: above 0, positions are drawn from softmax(score / alg_temp) in place of the best.
     temperature, top_p, top_k: cut and temper the distribution before tokens are drawn and scored. top_p and top_k cut
         at temperature 0 too, as upstream, which uses top_k 50 where a caller leaves it out; here None cuts nothing.
@@ -98,6 +98,6 @@ def _decide(model: Transformer, key, config: Config, progress: Progress, hidden:
 
 
 def _uniform(keys: jax.Array, size: int) -> jax.Array:
-    """[rows, size] in (0, 1), other numbers than those that draw the tokens."""
+    """[rows, size] in (0, 1), by other keys than those that draw the tokens: they are numbered 0 .. size - 1."""
     draw = partial(jax.random.uniform, shape=(size,), minval=jnp.finfo(jnp.float32).tiny)
-    return jax.vmap(lambda key: draw(jax.random.fold_in(key, 1)))(keys)
+    return jax.vmap(lambda key: draw(jax.random.fold_in(key, size)))(keys)

@@ -23,6 +23,7 @@ from cdlm_jax.decoding.common import (
     decide,
     full_forward,
     predicting_rows,
+    steps_per_block,
 )
 from cdlm_jax.decoding.progress import DecodeResult, Progress, block_step, take_rows, until_done
 from cdlm_jax.decoding.unmask import Allowance, Factor, FirstThen, Quota, Threshold, Timesteps, Unmask
@@ -34,7 +35,7 @@ from cdlm_jax.visibility import row_end
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     """What a forward finalizes: every position of at least `threshold`, or as many as the `factor` rule allows, or a
-    fixed share: `steps` forwards in all, None one token a forward. Always the best.
+    fixed share: `steps` forwards in all, None one token a forward. Always the best. The first two ignore `steps`.
 
     For `shifted` models (Dream) the rules are upstream's other ones: with a cache the first forward of a block sets its
     first token, whatever its confidence; without `threshold` the schedule is Dream's, by entropy; without a cache there
@@ -59,7 +60,7 @@ class Config:
 
     @property
     def block_steps(self) -> int | None:
-        return None if self.steps is None else self.steps // (self.gen_length // self.block_size)
+        return steps_per_block(self.steps, self.gen_length, self.block_size)
 
     def size(self, alignment: LogitAlignment) -> int:
         """Positions that a forward decides about."""

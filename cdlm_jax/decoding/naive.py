@@ -16,6 +16,7 @@ from cdlm_jax.decoding.common import (
     full_forward,
     predict,
     step_keys,
+    steps_per_block,
 )
 from cdlm_jax.decoding.progress import DecodeResult, Progress, block_step, until_done
 from cdlm_jax.decoding.unmask import Quota, Unmask
@@ -64,7 +65,7 @@ class Config:
     def policy(self) -> Unmask:
         if self.unmask is not None:
             return self.unmask
-        return Quota(None if self.steps is None else self.steps // (self.gen_length // self.block_size))
+        return Quota(steps_per_block(self.steps, self.gen_length, self.block_size))
 
 
 def generate(
@@ -77,6 +78,9 @@ def generate(
     check_request(model.config, prompts, prompt_lengths, config.gen_length, config.temperature, key)
     if config.remasking == "random" and key is None:
         raise InputError("remasking 'random' needs a random key, got none")
+    if config.eot_token_id is not None and not 0 <= config.eot_token_id < model.config.vocab_size:
+        allowed = f"the vocabulary 0..{model.config.vocab_size - 1}"
+        raise InputError(f"eot_token_id {config.eot_token_id} is outside {allowed}")
     progress, _ = decode(model, prompts, prompt_lengths, key, config)
     return progress.result(model.config.eos_token_id)
 

@@ -128,10 +128,15 @@ def until_done(step: Callable, state: tuple[Progress, Any]) -> tuple[Progress, A
 # ---- rows ----------------------------------------------------------------------------------------------------------
 
 
-def take_rows(values: jax.Array, start: jax.Array, length: int) -> jax.Array:
-    """values [rows, S, ...] from start[row] on: [rows, length, ...]; indices are clipped to the row."""
-    at = jnp.clip(start[:, None] + jnp.arange(length), 0, values.shape[1] - 1)
+def take_at(values: jax.Array, at: jax.Array) -> jax.Array:
+    """values [rows, S, ...] at positions at [rows, Q], clipped to the row: [rows, Q, ...]."""
+    at = jnp.clip(at, 0, values.shape[1] - 1)
     return jnp.take_along_axis(values, at.reshape(at.shape + (1,) * (values.ndim - 2)), axis=1)
+
+
+def take_rows(values: jax.Array, start: jax.Array, length: int) -> jax.Array:
+    """values [rows, S, ...] from start[row] on: [rows, length, ...]; positions are clipped to the row."""
+    return take_at(values, start[:, None] + jnp.arange(length))
 
 
 def response_lengths(tokens: jax.Array, eos_token_id: int) -> jax.Array:

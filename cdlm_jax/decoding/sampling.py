@@ -17,7 +17,7 @@ class Sampling:
     """temperature 0 takes the most probable token. Then, in this order: temperature, top_p, top_k.
 
     top_p drops a token when the tokens ahead of it have more than top_p together; top_k keeps the k most probable.
-    None, and top_p 1, cut nothing.
+    None, and top_p 1, cut nothing. The most probable token that may be the answer is never cut.
     """
 
     temperature: float = 0.0
@@ -39,7 +39,7 @@ class Sampling:
         its share of the probability but is never the answer: upstream would finalize it as a mask.
         """
         forbidden = model.config.mask_token_id
-        if self == Sampling():
+        if self.temperature == 0 and self.top_k is None and self.top_p in (None, 1):
             return confidence(hidden, model.head, forbidden=forbidden)
         rows, size, _ = hidden.shape
         if self.temperature > 0:
@@ -57,27 +57,40 @@ class Sampling:
 
     def _answer(self, logits: jax.Array, key: jax.Array, forbidden: int | None) -> Confidence:
         """logits [V] -> Confidence of scalars."""
-        log_p = jax.nn.log_softmax(self.cut(logits / self.temperature if self.temperature > 0 else logits))
-        allowed = log_p if forbidden is None else log_p.at[forbidden].set(-jnp.inf)
+        log_p = jax.nn.log_softmax(self.cut(logits / self.temperature if self.temperature > 0 else logits, forbidden))
+        scores = without(forbidden, log_p)
         if self.temperature > 0:
             # "high" draws the noise with enough bits that the tail of the softmax is not lost (upstream: float64).
-            noise = jax.random.gumbel(key, logits.shape, mode="high")
-            token = jnp.argmax(allowed + noise)
-        else:
-            token = jnp.argmax(allowed)
-        p = jnp.exp(log_p)
-        first, second = jnp.exp(jax.lax.top_k(allowed, 2)[0])
-        entropy = -jnp.sum(jnp.where(p > 0, p * log_p, 0.0))
-        return Confidence(token.astype(jnp.int32), p[token], first - second, entropy)
+            scores += jax.random.gumbel(key, logits.shape, mode="high")
+        return measure(log_p, jnp.argmax(scores), forbidden)
 
-    def cut(self, logits: jax.Array) -> jax.Array:
+    def cut(self, logits: jax.Array, forbidden: int | None = None) -> jax.Array:
         """logits [V] with -inf where top_p and top_k cut."""
+        left = logits
         if self.top_p is not None and self.top_p < 1:
-            falling = jnp.argsort(-logits, stable=True)
-            p = jax.nn.softmax(logits[falling])
+            falling = jnp.argsort(-left, stable=True)
+            p = jax.nn.softmax(left[falling])
             ahead = jnp.cumsum(p) - p
-            logits = logits.at[falling].set(jnp.where(ahead > self.top_p, -jnp.inf, logits[falling]))
+            left = left.at[falling].set(jnp.where(ahead > self.top_p, -jnp.inf, left[falling]))
         if self.top_k is not None:
-            least = jax.lax.top_k(logits, min(self.top_k, logits.shape[-1]))[0][-1]
-            logits = jnp.where(logits < least, -jnp.inf, logits)
-        return logits
+            least = jax.lax.top_k(left, min(self.top_k, left.shape[-1]))[0][-1]
+            left = jnp.where(left < least, -jnp.inf, left)
+        best = jnp.argmax(without(forbidden, logits))
+        return left.at[best].set(logits[best])
+
+
+def measure(log_p: jax.Array, token: jax.Array, forbidden: int | None) -> Confidence:
+    """How sure a distribution, log_p [..., V], is of token [...]; the margin leaves out the token that is forbidden."""
+    p = jnp.exp(log_p)
+    first, second = jnp.moveaxis(jax.lax.top_k(without(forbidden, log_p), 2)[0], -1, 0)
+    return Confidence(
+        token=token.astype(jnp.int32),
+        probability=jnp.take_along_axis(p, token[..., None], axis=-1)[..., 0],
+        margin=jnp.exp(first) - jnp.exp(second),
+        entropy=-jnp.sum(jnp.where(p > 0, p * log_p, 0.0), axis=-1),
+    )
+
+
+def without(token: int | None, scores: jax.Array) -> jax.Array:
+    """scores [..., V] with -inf for a token, if there is one to leave out."""
+    return scores if token is None else scores.at[..., token].set(-jnp.inf)

@@ -1,53 +1,46 @@
-"""Evaluation: decode problems with any decoder, score the answers, count forwards, measure latency."""
+"""Evaluation: decode prompts with any decoder, score the answers, count forwards, measure time."""
 
 import dataclasses
-import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from cdlm_jax import tasks
-from cdlm_jax.data import Encoder
+from cdlm_jax.config import InputError, ModelConfig
 from cdlm_jax.decoding.progress import DecodeResult
+from cdlm_jax.tokenizers import Tokenizer
 
-# decode(prompts [rows, P_max], prompt_lengths [rows]) -> DecodeResult: a decoder with model, config and key bound.
-Decode = Callable[[jax.Array, jax.Array], DecodeResult]
+# decode(prompts [rows, P_max], prompt_lengths [rows], keys [rows]) -> DecodeResult: model and config bound.
+Decode = Callable[[jax.Array, jax.Array, jax.Array], DecodeResult]
 NamedProblem = tuple[str, tasks.Problem]  # (task name, problem)
 
 
 @dataclasses.dataclass(frozen=True)
-class Evaluation:
-    """One decoder on a list of problems; arrays over problems, in their order.
+class Case:
+    """One prompt to answer. ids: its tokens; text: as shown; check: whether a response (its text before the first EOS)
+    is right, None where nobody knows; group: what it is counted under."""
 
-    responses: decoded text before the first EOS; correct: bool [n]; forwards, lengths: [n] as in DecodeResult.
-    """
+    ids: Sequence[int]
+    text: str | None = None
+    check: Callable[[str], bool] | None = None
+    group: str = ""
 
-    problems: Sequence[NamedProblem]
-    responses: list[str]
-    correct: np.ndarray
-    forwards: np.ndarray
-    lengths: np.ndarray
 
-    @property
-    def accuracy(self) -> float:
-        return float(self.correct.mean())
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """tokens, finalized_at: [gen_length]; length: tokens before the first EOS; text, correct: None without a tokenizer,
+    or a check."""
 
-    @property
-    def mean_forwards(self) -> float:
-        return float(self.forwards.mean())
-
-    @property
-    def tokens_per_forward(self) -> float:
-        """Generated tokens before the first EOS over forwards, both summed over the problems (TPF)."""
-        return float(self.lengths.sum() / self.forwards.sum())
-
-    @property
-    def per_task(self) -> dict[str, float]:
-        names = np.array([name for name, _ in self.problems])
-        return {str(name): float(self.correct[names == name].mean()) for name in dict.fromkeys(names.tolist())}
+    case: Case
+    tokens: np.ndarray
+    finalized_at: np.ndarray
+    length: int
+    forwards: int
+    text: str | None
+    correct: bool | None
 
 
 def heldout_problems(names: Sequence[str], per_task: int) -> list[NamedProblem]:
@@ -55,43 +48,139 @@ def heldout_problems(names: Sequence[str], per_task: int) -> list[NamedProblem]:
     return [(name, tasks.get(name).problem("heldout", index)) for name in names for index in range(per_task)]
 
 
-def evaluate(decode: Decode, encoder: Encoder, problems: Sequence[NamedProblem], batch_size: int) -> Evaluation:
-    """Decode and score all problems, `batch_size` at a time (the last batch is filled up: one program serves all)."""
-    results = []
-    for start in range(0, len(problems), batch_size):
-        batch = problems[start : start + batch_size]
-        prompts, lengths = encoder.prompts([problem.prompt for _, problem in batch])
-        rows = np.minimum(np.arange(batch_size), len(batch) - 1)
-        result = jax.device_get(decode(jnp.asarray(prompts[rows]), jnp.asarray(lengths[rows])))
-        results.append(result)
-    joined = jax.tree.map(lambda *parts: np.concatenate(parts)[: len(problems)], *results)
-    responses = [encoder.response(tokens) for tokens in joined.tokens]
-    scored = zip(problems, responses, strict=True)
-    correct = np.array([tasks.get(name).score(problem, response) for (name, problem), response in scored])
-    return Evaluation(problems, responses, correct, joined.forwards, joined.lengths)
+def problem_cases(tokenizer: Tokenizer, problems: Sequence[NamedProblem], group: str | None = None) -> list[Case]:
+    """Problems as cases, each counted under `group`, or its task's name."""
+    return [
+        Case(
+            ids=tokenizer.encode(problem.prompt),
+            text=problem.prompt,
+            check=lambda response, name=name, problem=problem: tasks.get(name).score(problem, response),
+            group=name if group is None else group,
+        )
+        for name, problem in problems
+    ]
 
 
-def latencies(
-    decoders: dict[str, Decode], encoder: Encoder, problems: Sequence[NamedProblem]
-) -> dict[str, list[float]]:
-    """Batch-1 seconds per problem of every decoder, compile excluded.
+def check_ids(cases: Sequence[Case], config: ModelConfig) -> None:
+    """Refuse every prompt that decoding would refuse, before any is decoded."""
+    for number, case in enumerate(cases):
+        if not case.ids:
+            raise InputError(f"prompt {number} is empty")
+        if bad := [i for i in case.ids if not 0 <= i < config.vocab_size]:
+            raise InputError(f"prompt {number} holds token {bad[0]}, outside the vocabulary 0..{config.vocab_size - 1}")
+        if config.mask_token_id in case.ids:
+            place = list(case.ids).index(config.mask_token_id)
+            raise InputError(f"prompt {number} holds the mask token {config.mask_token_id} at position {place}")
 
-    The decoders take turns problem by problem, so that a drifting machine hurts all alike.
+
+def answers(
+    decode: Decode,
+    config: ModelConfig,
+    tokenizer: Tokenizer | None,
+    cases: Sequence[Case],
+    *,
+    batch_size: int,
+    width: int | None = None,
+    seed: int = 0,
+) -> Iterator[Answer]:
+    """Answer all cases in order, in batches of one shape (the last is filled up): one program serves all.
+
+    width: tokens to pad prompts to, by default the longest prompt's. A sample depends on the seed and the case's place.
     """
-    encoded = [encoder.prompts([problem.prompt]) for _, problem in problems]
-    requests = [(jnp.asarray(prompts), jnp.asarray(lengths)) for prompts, lengths in encoded]
-    for decode in decoders.values():
-        jax.block_until_ready(decode(*requests[0]))  # compile
-    seconds: dict[str, list[float]] = {name: [] for name in decoders}
-    for request in requests:
-        for name, decode in decoders.items():
-            begin = time.perf_counter()
-            jax.block_until_ready(decode(*request))
-            seconds[name].append(time.perf_counter() - begin)
-    return seconds
+    check_ids(cases, config)
+    width = width or max(len(case.ids) for case in cases)
+    rows = min(batch_size, len(cases))
+    for start in range(0, len(cases), rows):
+        batch = cases[start : start + rows]
+        result = jax.device_get(decode(*padded(batch, rows, width, config.pad_token_id), _keys(seed, start, rows)))
+        for row, case in enumerate(batch):
+            yield _answer(case, tokenizer, result, row)
+
+
+def padded(cases: Sequence[Case], rows: int, width: int, pad: int) -> tuple[jax.Array, jax.Array]:
+    """prompts [rows, width] right-padded and prompt_lengths [rows], the last case repeated to fill the rows."""
+    filled = [*cases, *[cases[-1]] * (rows - len(cases))]
+    if longest := max((case for case in filled if len(case.ids) > width), key=lambda case: len(case.ids), default=None):
+        raise InputError(f"prompt {longest.text!r:.80} has {len(longest.ids)} tokens, allowed: 1 to {width}")
+    prompts = [[*case.ids, *[pad] * (width - len(case.ids))] for case in filled]
+    return jnp.asarray(prompts, jnp.int32), jnp.asarray([len(case.ids) for case in filled], jnp.int32)
+
+
+def _keys(seed: int, start: int, rows: int) -> jax.Array:
+    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), start + jnp.arange(rows))
+
+
+def _answer(case: Case, tokenizer: Tokenizer | None, result: DecodeResult, row: int) -> Answer:
+    tokens, length = result.tokens[row], int(result.lengths[row])
+    text = None if tokenizer is None else tokenizer.decode(tokens[:length].tolist())
+    correct = None if text is None or case.check is None else case.check(text)
+    return Answer(case, tokens, result.finalized_at[row], length, int(result.forwards[row]), text, correct)
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """Answers summed up. accuracy: 0..1; forwards, tokens (before the first EOS): means per answer;
+    tokens_per_forward: generated tokens over forwards, both summed (TPF)."""
+
+    problems: int
+    accuracy: float
+    forwards: float
+    tokens: float
+    tokens_per_forward: float
+
+    @classmethod
+    def of(cls, found: Sequence[Answer]) -> "Score":
+        forwards, tokens = (np.array([getattr(answer, name) for answer in found]) for name in ("forwards", "length"))
+        accuracy = np.mean([answer.correct for answer in found])
+        per_forward = tokens.sum() / forwards.sum()
+        return cls(len(found), *map(float, (accuracy, forwards.mean(), tokens.mean(), per_forward)))
+
+
+def by_group(found: Sequence[Answer]) -> dict[str, Score]:
+    """The score of every group, in order of appearance."""
+    groups: dict[str, list[Answer]] = {}
+    for answer in found:
+        groups.setdefault(answer.case.group, []).append(answer)
+    return {name: Score.of(group) for name, group in groups.items()}
+
+
+# ---- time ----------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Seconds of one decoder: compile (first call less a later one), and of every measured call."""
+
+    compile: float
+    calls: list[float]
+
+
+def timings(decoders: dict[str, Decode], requests: Sequence[tuple], repetitions: int = 1) -> dict[str, Timing]:
+    """Every decoder on every request (prompts, prompt_lengths, keys), `repetitions` times, compile excluded.
+
+    The decoders take turns request by request, so that a drifting machine hurts all alike.
+    """
+    first, second = ({name: _seconds(d, requests[0]) for name, d in decoders.items()} for _ in range(2))
+    calls: dict[str, list[float]] = {name: [] for name in decoders}
+    for _ in range(repetitions):
+        for request in requests:
+            for name, decode in decoders.items():
+                calls[name].append(_seconds(decode, request))
+    return {name: Timing(max(0.0, first[name] - second[name]), calls[name]) for name in decoders}
+
+
+def _seconds(decode: Decode, request: tuple) -> float:
+    begin = time.perf_counter()
+    jax.block_until_ready(decode(*request))
+    return time.perf_counter() - begin
+
+
+def single_requests(cases: Sequence[Case], width: int, pad: int, seed: int = 0) -> list[tuple]:
+    """One request a case, batch 1."""
+    return [(*padded([case], 1, width, pad), _keys(seed, place, 1)) for place, case in enumerate(cases)]
 
 
 def spread(values: Sequence[float]) -> tuple[float, float, float]:
     """Median, 10th and 90th percentile."""
-    low, high = np.percentile(values, [10, 90])
-    return statistics.median(values), float(low), float(high)
+    low, median, high = np.percentile(values, [10, 50, 90])
+    return float(median), float(low), float(high)

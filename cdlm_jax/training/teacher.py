@@ -4,6 +4,7 @@ What made tiny teachers learn: Muon, stratified t, a curriculum that begins with
 """
 
 import dataclasses
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -43,8 +44,13 @@ class NoiseSchedule:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PretrainConfig(LoopConfig):
-    """How to train a teacher from random weights."""
+    """How to train a model from random weights.
 
+    objective: a bidirectional teacher by masked denoising, or a causal model to compare with by next-token prediction
+        (`training/causal.py`, which has no noise).
+    """
+
+    objective: Literal["masked_denoising", "autoregressive"] = "masked_denoising"
     batch_size: int = 64
     ema_decay: float = 0.995
     optimizer: OptimizerConfig = OptimizerConfig(name="muon", learning_rate=1e-2, weight_decay=0.0)

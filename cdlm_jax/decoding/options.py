@@ -1,0 +1,75 @@
+"""Any decoder from a flat set of options, as the command line gives them, and what a model folder says of itself."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal
+
+from cdlm_jax.config import InputError
+from cdlm_jax.decoding import autoregressive, cdlm, dllm_cache, dream, fast_dllm, naive
+from cdlm_jax.decoding.unmask import Threshold
+
+DECODERS = {module.__name__.rpartition(".")[2]: module for module in (naive, dream, fast_dllm, dllm_cache)} | {
+    "autoregressive": autoregressive,
+    "cdlm": cdlm,
+}
+ROLES = {"teacher": "naive", "student": "cdlm", "autoregressive": "autoregressive"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """How to decode. None takes what the model folder says (`ModelFolder.metadata`), else the default in brackets.
+
+    decoder: a name of DECODERS [by the folder's role; naive for a masked model, autoregressive for a causal one];
+    gen_length [256]; block_size [32]; threshold: confidence above which tokens are finalized together [cdlm: 0.9, else
+    one token per step]; the others as in the `Config` of the decoder that has them [dream: as many steps as tokens;
+    dllm_cache: intervals 50 and 7, its authors' for LLaDA on GSM8K].
+    """
+
+    decoder: str | None = None
+    gen_length: int | None = None
+    block_size: int | None = None
+    threshold: float | None = None
+    factor: float | None = None
+    steps: int | None = None
+    cache: Literal["none", "prefix", "dual"] | None = None
+    algorithm: dream.Algorithm | None = None
+    prompt_interval: int | None = None
+    response_interval: int | None = None
+    temperature: float = 0.0
+    seed: int = 0
+
+    def resolve(self, metadata: dict[str, Any], *, causal: bool = False) -> "Options":
+        """With the folder's own sizes and decoder. causal: the model is autoregressive."""
+        for name in ("gen_length", "block_size"):
+            size = metadata.get(name, 1)
+            if type(size) is not int or size < 1:
+                raise InputError(f"config.json: cdlm.{name} must be a positive integer, got {size!r}")
+        role = metadata.get("role", "autoregressive" if causal else "teacher")
+        if role not in list(ROLES):
+            raise InputError(f"config.json: cdlm.role must be one of {', '.join(ROLES)}, got {role!r}")
+        resolved = dataclasses.replace(
+            self,
+            decoder=self.decoder or ROLES[role],
+            gen_length=self.gen_length or metadata.get("gen_length", 256),
+            block_size=self.block_size or metadata.get("block_size", 32),
+        )
+        resolved.bind()  # what the decoder refuses is refused now
+        return resolved
+
+    def bind(self) -> Callable:
+        """generate(model, prompts, prompt_lengths, key) -> DecodeResult, from resolved options."""
+        if self.decoder not in DECODERS:
+            raise InputError(f"decoder must be one of {', '.join(DECODERS)}, got {self.decoder!r}")
+        module = DECODERS[self.decoder]
+        known = {field.name for field in dataclasses.fields(module.Config)}
+        given = {name: value for name, value in vars(self).items() if name not in ("decoder", "seed") and value}
+        if "block_size" not in known:  # every folder has one
+            del given["block_size"]
+        allowed = sorted((known | ({"threshold"} if "unmask" in known else set())) & vars(self).keys())
+        if foreign := sorted(given.keys() - set(allowed)):
+            raise InputError(f"{foreign[0]} is no option of the {self.decoder} decoder, allowed: {', '.join(allowed)}")
+        if "threshold" in given and "unmask" in known:
+            given["unmask"] = Threshold(given.pop("threshold"))
+        defaults = {dream: {"steps": self.gen_length}, dllm_cache: {"prompt_interval": 50, "response_interval": 7}}
+        config = module.Config(**defaults.get(module, {}) | given)
+        return lambda model, prompts, lengths, key: module.generate(model, prompts, lengths, config, key)
