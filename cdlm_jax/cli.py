@@ -21,9 +21,12 @@ USAGE = """usage: cdlm <command> [--flag=value ...]        (cdlm <command> --hel
   distill      train a block-causal student on trajectories
   generate     answer prompts with a model folder
   evaluate     score a model folder on problems with verifiable answers
+  benchmark    compare every decoder on the same weights, problems and machine
+  lm-eval      lm-evaluation-harness with --model cdlm_jax; its own arguments
   export       write a model folder with another dtype
 
-pretrain, collect, distill, quickstart: --config=configs/x.py and overrides such as --config.distill.steps=200."""
+pretrain, collect, distill, quickstart, benchmark take --config=configs/x.py, and overrides of it such as
+--config.distill.steps=200."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -39,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     _quiet()
     define, run = COMMANDS[name]
     try:
-        parsed = _parse(name, define, rest)
+        parsed = rest if define is None else _parse(name, define, rest)  # another program parses its own arguments
         if parsed is None:
             return 0
         run(parsed)
@@ -170,6 +173,13 @@ def _evaluate_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_list("data", None, "Files of 4x4 Sudoku or Countdown-3, comma-separated.", flag_values=values)
 
 
+def _benchmark_flags(values: flags.FlagValues) -> None:
+    _config_flags("benchmark.py")(values)
+    flags.DEFINE_list("methods", None, "In place of config.methods, comma-separated.", flag_values=values)
+    flags.DEFINE_list("task", None, "In place of config.tasks, comma-separated.", flag_values=values)
+    flags.DEFINE_list("data", None, "In place of config.data: files of real problems.", flag_values=values)
+
+
 def _export_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("model", None, "Model folder.", flag_values=values)
     flags.DEFINE_string("output", None, "New folder.", flag_values=values)
@@ -246,6 +256,24 @@ def _evaluate(values: flags.FlagValues) -> None:
     _console().print(evaluate.table(evaluate.score(folder, cases, options, values.batch_size)))
 
 
+def _benchmark(values: flags.FlagValues) -> None:
+    from cdlm_jax.benchmark import BenchmarkConfig, benchmark
+
+    settings = values.config.to_dict()
+    for name, flag in (("methods", "methods"), ("tasks", "task"), ("data", "data")):
+        if values[flag].value is not None:
+            settings[name] = tuple(values[flag].value)
+    benchmark(build(BenchmarkConfig, settings, "config"), _console())
+
+
+def _lm_eval(arguments: list[str]) -> None:
+    import cdlm_jax.evaluation.lm_eval_adapter  # noqa: F401  registers the model, or says what is missing
+    from lm_eval.__main__ import cli_evaluate
+
+    with _program_arguments(["cdlm lm-eval", *arguments]):
+        cli_evaluate()
+
+
 def _export(values: flags.FlagValues) -> None:
     from cdlm_jax.model_folder import ModelFolder
 
@@ -275,12 +303,14 @@ def _console():
     return Console()
 
 
-COMMANDS: dict[str, tuple[Callable, Callable]] = {
+COMMANDS: dict[str, tuple[Callable | None, Callable]] = {
     "quickstart": (_quickstart_flags, _quickstart),
     "pretrain": (_config_flags("tiny.py"), _stage("pretrain")),
     "collect": (_config_flags("tiny.py"), _stage("collect")),
     "distill": (_config_flags("tiny.py"), _stage("distill")),
     "generate": (_generate_flags, _generate),
     "evaluate": (_evaluate_flags, _evaluate),
+    "benchmark": (_benchmark_flags, _benchmark),
+    "lm-eval": (None, _lm_eval),
     "export": (_export_flags, _export),
 }

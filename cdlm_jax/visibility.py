@@ -27,7 +27,7 @@ def visible_end_at(positions: jax.Array, prompt_lengths: jax.Array, block_size: 
     return jnp.where(positions < prompt, prompt, prompt + block_size * (block + 1))
 
 
-def row_end(prompt_lengths: jax.Array, gen_length: int, seq_len: int) -> jax.Array:
+def row_end(prompt_lengths: jax.Array, gen_length: int | jax.Array, seq_len: int) -> jax.Array:
     """A bidirectional teacher on ragged rows: every position sees its row's prompt and response, [rows, seq_len] int32.
 
     `visible_end(..., block_size=None)` is this for rows without padding.
