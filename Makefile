@@ -48,6 +48,6 @@ $(PACKAGE_STAMP): $(PYTHON_STAMP) pyproject.toml requirements.txt
 
 # reasoning-gym needs a C compiler: without it the tests of its two tasks skip.
 $(TEST_STAMP): $(PACKAGE_STAMP)
-	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	$(BIN)/python -m pip install --quiet --editable '.[test,eval,lm-eval]'
 	$(BIN)/python -m pip install --quiet --editable '.[reasoning]' || echo "reasoning-gym could not be installed: its tests will skip"
 	touch $@

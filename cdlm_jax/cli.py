@@ -168,9 +168,14 @@ def _generate_flags(values: flags.FlagValues) -> None:
 
 def _evaluate_flags(values: flags.FlagValues) -> None:
     _model_flags(values)
-    flags.DEFINE_list("task", None, "Held-out problems of these tasks, comma-separated.", flag_values=values)
-    flags.DEFINE_integer("num", 512, "Problems per task.", lower_bound=1, flag_values=values)
-    flags.DEFINE_list("data", None, "Files of 4x4 Sudoku or Countdown-3, comma-separated.", flag_values=values)
+    flags.DEFINE_list("task", None, "Tasks and public benchmarks (gsm8k ...), comma-separated.", flag_values=values)
+    number = flags.DEFINE_integer
+    number("num", None, "Problems of each [512 of a task, all of a benchmark].", lower_bound=1, flag_values=values)
+    data = "Files: 4x4 Sudoku, Countdown-3, or name=path of a benchmark; comma-separated."
+    flags.DEFINE_list("data", None, data, flag_values=values)
+    flags.DEFINE_bool("chat", True, "Use the folder's chat template for benchmarks, if it has one.", flag_values=values)
+    text = "Run the programs that the model writes for humaneval and mbpp, in a sandbox."
+    flags.DEFINE_bool("allow_code_execution", False, text, flag_values=values)
 
 
 def _benchmark_flags(values: flags.FlagValues) -> None:
@@ -252,8 +257,24 @@ def _evaluate(values: flags.FlagValues) -> None:
         raise InputError("give --task=names, --data=files, or both")
     folder = ModelFolder.load(values.model)
     options = _options(values).resolve(folder.metadata, causal=folder.model.config.mask_token_id is None)
-    cases = evaluate.cases(folder.tokenizer, values.task or [], values.num, [Path(path) for path in values.data or []])
+    if values.allow_code_execution:
+        _warn_of_gaps()
+    cases = evaluate.cases(
+        folder.tokenizer,
+        values.task or [],
+        values.data or [],
+        count=values.num,
+        chat=values.chat,
+        allow_code_execution=values.allow_code_execution,
+    )
     _console().print(evaluate.table(evaluate.score(folder, cases, options, values.batch_size)))
+
+
+def _warn_of_gaps() -> None:
+    """Says which layers hold programs that a model writes, and what they could do all the same."""
+    from cdlm_jax.evaluation.code_sandbox import isolation
+
+    print(isolation(), file=sys.stderr)
 
 
 def _benchmark(values: flags.FlagValues) -> None:
@@ -267,8 +288,9 @@ def _benchmark(values: flags.FlagValues) -> None:
 
 
 def _lm_eval(arguments: list[str]) -> None:
-    import cdlm_jax.evaluation.lm_eval_adapter  # noqa: F401  registers the model, or says what is missing
     from lm_eval.__main__ import cli_evaluate
+
+    import cdlm_jax.evaluation.lm_eval_adapter  # noqa: F401  registers the model, or says what is missing
 
     with _program_arguments(["cdlm lm-eval", *arguments]):
         cli_evaluate()

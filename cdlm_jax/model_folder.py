@@ -11,7 +11,13 @@ from cdlm_jax.models.hf import export_hf, load_model, read_metadata
 from cdlm_jax.models.transformer import Transformer
 from cdlm_jax.tokenizers import Tokenizer, has_tokenizer
 
-SHIPPED_TEACHER = Path(__file__).parent / "pretrained" / "tiny_teacher"
+# The tiny models in the package (configs/tiny.py says how they were made).
+SHIPPED = {
+    "shipped": "tiny_teacher",
+    "shipped/student": "tiny_student",
+    "shipped/autoregressive": "tiny_autoregressive",
+}
+PRETRAINED = Path(__file__).parent / "pretrained"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,11 +31,12 @@ class ModelFolder:
 
     @classmethod
     def load(cls, folder: str | Path) -> "ModelFolder":
-        """`shipped` is the tiny teacher inside the package. InputError names what is wrong with a folder."""
-        folder = SHIPPED_TEACHER if str(folder) == "shipped" else Path(folder)
+        """A folder, or a name of SHIPPED (read as float32). InputError names what is wrong with a folder."""
+        shipped = SHIPPED.get(str(folder))
+        folder = PRETRAINED / shipped if shipped else Path(folder)
         if not folder.is_dir():
-            raise InputError(f"no model folder at {folder}")
-        model = load_model(folder)
+            raise InputError(f"no model folder at {folder}; in the package are {', '.join(SHIPPED)}")
+        model = load_model(folder, dtype="float32" if shipped else None)
         tokenizer = Tokenizer.from_folder(folder) if has_tokenizer(folder) else None
         return cls(model, tokenizer, read_metadata(folder))
 

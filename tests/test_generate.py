@@ -204,7 +204,7 @@ def test_evaluate_reads_real_data(tmp_path, expert, monkeypatch):
     """Files of another task than the model was trained on are scored by that task."""
     row = {"input": "15,44,79,50", "output": "44-15=29,79-29=50"}
     path = write_rows(tmp_path / "countdown.jsonl", [row, row])
-    case, _ = evaluate.cases(tiny_folder().tokenizer, [], 1, [path])
+    case, _ = evaluate.cases(tiny_folder().tokenizer, [], [str(path)])
     assert (case.group, case.text) == ("countdown.jsonl", "15,44,79>50")
     assert case.check("44-15=29,79-29=50") and not case.check("44-15=29,79-29=51")
 

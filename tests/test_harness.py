@@ -23,7 +23,7 @@ from cdlm_jax.evaluation.harness import (
     heldout_problems,
     padded,
     problem_cases,
-    single_requests,
+    request,
     spread,
     timings,
 )
@@ -135,7 +135,7 @@ def test_decoders_take_turns_and_compilation_is_left_out(encoder, monkeypatch):
         return decode
 
     monkeypatch.setattr(harness, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
-    requests = single_requests(problem_cases(encoder.tokenizer, PROBLEMS[:3]), WIDTH, pad=0)
+    requests = [request([case], WIDTH, pad=0) for case in problem_cases(encoder.tokenizer, PROBLEMS[:3])]
     found = timings({"a": decoder("a", 64.0, 1.0), "b": decoder("b", 32.0, 0.25)}, requests, repetitions=2)
     assert {name: timing.calls for name, timing in found.items()} == {"a": [1.0] * 6, "b": [0.25] * 6}
     assert (found["a"].compile, found["b"].compile) == (63.0, 31.75)

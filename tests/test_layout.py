@@ -23,6 +23,7 @@ SOURCES = [
 FLOORS = [
     {"__main__"},
     {"cli"},
+    {"benchmark"},
     {"evaluate"},
     {"quickstart", "generate", "planning"},
     {"__init__"},

@@ -147,6 +147,9 @@ def by_group(found: Sequence[Answer]) -> dict[str, Score]:
 # ---- time ----------------------------------------------------------------------------------------------------------
 
 
+Spread = tuple[float, float, float]  # median, 10th and 90th percentile
+
+
 @dataclasses.dataclass(frozen=True)
 class Timing:
     """Seconds of one decoder: compile (first call less a later one), and of every measured call."""
@@ -175,12 +178,12 @@ def _seconds(decode: Decode, request: tuple) -> float:
     return time.perf_counter() - begin
 
 
-def single_requests(cases: Sequence[Case], width: int, pad: int, seed: int = 0) -> list[tuple]:
-    """One request a case, batch 1."""
-    return [(*padded([case], 1, width, pad), _keys(seed, place, 1)) for place, case in enumerate(cases)]
+def request(cases: Sequence[Case], width: int, pad: int, seed: int = 0) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What a decoder takes for these cases in one batch."""
+    return (*padded(cases, len(cases), width, pad), _keys(seed, 0, len(cases)))
 
 
-def spread(values: Sequence[float]) -> tuple[float, float, float]:
+def spread(values: Sequence[float]) -> Spread:
     """Median, 10th and 90th percentile."""
     low, median, high = np.percentile(values, [10, 50, 90])
     return float(median), float(low), float(high)

@@ -1,0 +1,42 @@
+"""The benchmark table on the models shipped in the package: every decoder, all quickstart tasks.
+
+    cdlm benchmark --config=configs/benchmark.py
+    cdlm benchmark --config=configs/benchmark.py:quick             # 64 problems per task, two tasks
+    cdlm benchmark --config=configs/benchmark.py --data=dream_sudoku_4x4_4.jsonl,dream_cd3_test.jsonl
+
+docs/benchmarks.md has the result, the machine and the time.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config(variant: str = "full") -> ConfigDict:
+    config = ConfigDict()
+    config.work = "runs/benchmark"
+    config.seed = 0
+    config.teacher = "shipped"
+    config.student = "shipped/student"
+    config.autoregressive = "shipped/autoregressive"
+    config.methods = ("naive", "truncated", "dream", "dllm_cache", "fast_dllm", "autoregressive", "untrained", "cdlm")
+    config.tasks = ("chain", "sudoku4", "sort", "countdown3", "spell_backward", "chain_sum")
+    config.per_task = 512
+    config.data = ()
+    config.allow_code_execution = False
+    config.gen_length = 0
+    config.block_size = 0
+    config.thresholds = (0.95, 0.9, 0.7, 0.5)
+    config.headline_threshold = 0.9
+    config.caches = ("none", "prefix", "dual")
+    config.steps = (24, 12, 6, 3)
+    config.intervals = (50, 7)
+    config.batch_sizes = (1, 2, 4, 8, 16)
+    config.repetitions = 5
+    config.latency_problems = 16
+    config.batch_size = 64
+    if variant == "quick":
+        config.tasks = ("chain", "sudoku4")
+        config.per_task = 64
+        config.thresholds = (0.9,)
+    elif variant != "full":
+        raise ValueError(f"configs/benchmark.py:{variant} is unknown, allowed: full, quick")
+    return config
