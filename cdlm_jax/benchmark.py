@@ -50,8 +50,8 @@ class BenchmarkConfig:
     methods: of MethodName; untrained is the student's decoder on the teacher's weights.
     tasks, per_task, data, allow_code_execution: as --task, --num, --data and the last of `cdlm evaluate`.
     gen_length, block_size: 0 takes the teacher folder's.
-    thresholds: of fast_dllm, cdlm and untrained; caches: of fast_dllm; steps: of truncated;
-    intervals: (prompt_interval, response_interval) of dllm_cache.
+    thresholds: of fast_dllm, cdlm and untrained; no confidence is above 1: there the last two go token by token.
+    caches: of fast_dllm; steps: of truncated; intervals: (prompt_interval, response_interval) of dllm_cache.
     headline_threshold: whose point stands for a series in the throughput sweep, over batch_sizes.
     repetitions: rounds of every timing; latency_problems: problems timed alone; batch_size: of the accuracy runs.
     """
@@ -68,7 +68,7 @@ class BenchmarkConfig:
     allow_code_execution: bool = False
     gen_length: int = 0
     block_size: int = 0
-    thresholds: tuple[float, ...] = (0.95, 0.9, 0.7, 0.5)
+    thresholds: tuple[float, ...] = (1.0, 0.95, 0.9, 0.7, 0.5)
     headline_threshold: float = 0.9
     caches: tuple[Literal["none", "prefix", "dual"], ...] = ("none", "prefix", "dual")
     steps: tuple[int, ...] = ()
@@ -132,13 +132,14 @@ def methods(config: BenchmarkConfig) -> list[Method]:
         ],
         "fast_dllm": [
             Method(
-                f"Fast-dLLM {cache}, tau {tau:g}",
-                f"Fast-dLLM {cache}",
+                f"{series}, tau {tau:g}",
+                series,
                 "teacher",
                 Options(decoder="fast_dllm", cache=cache, threshold=tau),
                 _is(config, tau),
             )
             for cache in config.caches
+            for series in [f"Fast-dLLM {cache} cache" if cache != "none" else "Fast-dLLM"]
             for tau in config.thresholds
         ],
         "autoregressive": [
@@ -185,12 +186,13 @@ class Setting:
         )
         return cls(config, folders, cases, max(len(case.ids) for case in cases))
 
-    def decode(self, method: Method):
-        """decode(prompts, prompt_lengths, keys) of a method."""
-        folder = self.folders[method.role]
+    def options(self, method: Method) -> Options:
+        """A method's, with the sizes of the configuration or else of its model folder."""
         sizes = {name: getattr(self.config, name) or None for name in ("gen_length", "block_size")}
-        options = dataclasses.replace(method.options, **sizes).resolve(folder.metadata)
-        return partial(options.bind(), folder.model)
+        return dataclasses.replace(method.options, **sizes).resolve(self.folders[method.role].metadata)
+
+    def decode(self, method: Method) -> Decode:
+        return partial(self.options(method).bind(), self.folders[method.role].model)
 
     def answer(self, method: Method, console: Console) -> list[Answer]:
         folder, config = self.folders[method.role], self.config
@@ -236,7 +238,7 @@ def benchmark(config: BenchmarkConfig, console: Console) -> list[Measured]:
         )
         if method.headline:
             samples.append(_order(method, found[0], setting))
-    _write(setting, results, samples, console)
+    _write(setting, chosen[0], results, samples, console)
     return results
 
 
@@ -272,15 +274,16 @@ def _requests(setting: Setting, count: int, size: int) -> list[tuple[jax.Array, 
 def _order(method: Method, answer: Answer, setting: Setting) -> Order:
     folder = setting.folders[method.role]
     shown = [folder.tokenizer.id_to_token(token) for token in answer.tokens[: answer.length].tolist()]
-    block_size = setting.config.block_size or folder.metadata.get("block_size", 32)
     pieces = shown + [""] * (len(answer.tokens) - len(shown))
-    return Order(method.name, pieces, answer.finalized_at, answer.forwards, block_size)
+    return Order(method.name, pieces, answer.finalized_at, answer.forwards, setting.options(method).block_size)
 
 
 # ---- writing -------------------------------------------------------------------------------------------------------
 
 
-def _write(setting: Setting, results: Sequence[Measured], samples: Sequence[Order], console: Console) -> None:
+def _write(
+    setting: Setting, first: Method, results: Sequence[Measured], samples: Sequence[Order], console: Console
+) -> None:
     config, folder = setting.config, setting.config.folder
     baseline = next((r.name for r in results if r.name == NAIVE), results[0].name)
     models = {
@@ -301,8 +304,15 @@ def _write(setting: Setting, results: Sequence[Measured], samples: Sequence[Orde
     plot_tradeoff(results, folder / "tradeoff.png")
     plot_latency(results, folder / "latency.png")
     plot_throughput(results, folder / "throughput.png")
-    model = next(iter(setting.folders.values())).model
-    plot_roofline(model.config, folder / "roofline.png")
+    model, options = setting.folders[first.role].model, setting.options(first)
+    plot_roofline(
+        model.config,
+        folder / "roofline.png",
+        context=setting.width + options.gen_length,
+        block_size=options.block_size,
+        itemsize=model.embed[...].dtype.itemsize,
+        device=jax.devices()[0].device_kind,
+    )
     plot_order(samples, folder / "order.png", f"When each token of the answer to {setting.cases[0].text} was finalized")
     console.print(f"tables, plots and results.json: {folder}")
 

@@ -71,8 +71,8 @@ def _quiet() -> None:
 def _parse(command: str, define: Callable[[flags.FlagValues], None], arguments: list[str]) -> flags.FlagValues | None:
     """The command's flags; None if help was asked for. Anything unusable becomes one InputError."""
     values = flags.FlagValues()
-    define(values)
     if any(argument in ("--help", "-h", "--helpfull") for argument in arguments):
+        define(values)
         print(f"cdlm {command}\n{values.get_help()}")
         return None
     arguments = [command, *map(_underscored, arguments)]
@@ -82,6 +82,7 @@ def _parse(command: str, define: Callable[[flags.FlagValues], None], arguments: 
             raise InputError(f"no config file at {path}")
     try:
         with _program_arguments(arguments):
+            define(values)  # a config file that is the default is read here
             rest = values(arguments)[1:]
     except Exception as error:  # a config file is a program, and can raise anything
         kind = "" if isinstance(error, flags.Error) else f"{type(error).__name__}: "

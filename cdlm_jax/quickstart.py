@@ -18,12 +18,14 @@ from cdlm_jax.evaluation.harness import (
     by_group,
     heldout_problems,
     problem_cases,
-    single_requests,
+    request,
     spread,
     timings,
 )
+from cdlm_jax.evaluation.order_plot import Order, plot_order
 from cdlm_jax.evaluation.player import play
-from cdlm_jax.evaluation.report import MethodResult, Order, markdown, plot_accuracy, plot_order, table, task_table
+from cdlm_jax.evaluation.plots import plot_accuracy
+from cdlm_jax.evaluation.report import MethodResult, markdown, table, task_table
 from cdlm_jax.model_folder import ModelFolder
 from cdlm_jax.recipe import Recipe, student_decoder, teacher_decoder
 from cdlm_jax.tokenizers import Tokenizer
@@ -112,7 +114,8 @@ def report(
         "CDLM, tau 0.7": ("CDLM", student_at(0.7)),
     }
     with console.status("latency, one sequence at a time"):
-        requests = single_requests(cases[:: max(1, len(cases) // LATENCY_PROBLEMS)], width, config.pad_token_id)
+        timed = cases[:: max(1, len(cases) // LATENCY_PROBLEMS)]
+        requests = [request([case], width, config.pad_token_id) for case in timed]
         seconds = timings({name: decode for name, (_, decode) in methods.items()}, requests)
     results = []
     for name, (series, decode) in methods.items():

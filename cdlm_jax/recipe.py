@@ -108,7 +108,7 @@ def pretrain(recipe: Recipe) -> ModelFolder:
     if config.objective == "autoregressive":
         role, loss_fn, decoder = "autoregressive", causal.make_loss(graphdef), autoregressive_decoder(recipe)
     else:
-        loss_fn = pretraining.make_loss(graphdef, config.noise, config.steps)
+        loss_fn = pretraining.make_loss(graphdef, config)
         role, decoder = "teacher", teacher_decoder(recipe)
     mixture = recipe.problems("train", config.steps * config.batch_size, stream=0)
     state = train(

@@ -51,6 +51,7 @@ def get_config(variant: str = "full") -> ConfigDict:
         "steps": 7500,
         "batch_size": 64,
         "ema_decay": 0.995,
+        "filler_weight": 1.0,
         "checkpoint_every": 500,
         "evaluate_every": 0,
         "log_every": 20,
@@ -92,6 +93,13 @@ def get_config(variant: str = "full") -> ConfigDict:
         config.pretrain.update(steps=3200)
         config.pretrain.optimizer.learning_rate = 6e-3
         config.pretrain.noise.first_t_max = 1.0
+    elif variant == "polish":
+        config.work = "runs/tiny/polish"
+        config.init = "runs/tiny/finish/teacher"
+        config.tasks.update(chain=1.0, sudoku4=1.0, sort=1.5, countdown3=3.0, spell_backward=0.3, chain_sum=1.2)
+        config.pretrain.update(steps=4000, filler_weight=0.02)
+        config.pretrain.optimizer.learning_rate = 6e-3
+        config.pretrain.noise.first_t_max = 1.0
     elif variant == "autoregressive":
         config.work = "runs/tiny/autoregressive"
         config.pretrain.update(objective="autoregressive", steps=4000)
@@ -102,5 +110,5 @@ def get_config(variant: str = "full") -> ConfigDict:
         config.collect.update(num_prompts=960, shard_size=256)
         config.distill.update(steps=320, batch_size=32, checkpoint_every=80)
     elif variant != "full":
-        raise ValueError(f"configs/tiny.py:{variant} is unknown, allowed: full, finish, autoregressive, quick")
+        raise ValueError(f"configs/tiny.py:{variant} is unknown, allowed: full, finish, polish, autoregressive, quick")
     return config

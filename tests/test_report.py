@@ -1,20 +1,17 @@
-"""Tables say what was measured; plots show every method and every position, legibly."""
+"""Tables say what was measured."""
 
 import dataclasses
 import io
 import json
-import struct
-import subprocess
-import sys
-from itertools import combinations
 
 import pytest
-from matplotlib.patches import Rectangle
 from rich.console import Console
+from test_metrics import measured
 
 from cdlm_jax.config import InputError
 from cdlm_jax.evaluation import report
-from cdlm_jax.evaluation.report import MethodResult, Order
+from cdlm_jax.evaluation.harness import Score
+from cdlm_jax.evaluation.report import MethodResult
 
 
 def result(name, accuracy, forwards, latency, **more) -> MethodResult:
@@ -50,20 +47,7 @@ def printed(table) -> str:
     return out.getvalue()
 
 
-@pytest.fixture
-def figure(monkeypatch):
-    """figure(plot, ...) -> the Figure that would have been saved."""
-    saved = []
-    monkeypatch.setattr(report.Figure, "savefig", lambda self, *_, **__: saved.append(self))
-
-    def draw(plot, *args):
-        plot(*args)
-        return saved.pop()
-
-    return draw
-
-
-# ---- tables --------------------------------------------------------------------------------------------------------
+# ---- quickstart ----------------------------------------------------------------------------------------------------
 
 
 def test_markdown_in_full():
@@ -114,112 +98,93 @@ def test_bad_results_are_refused():
         dataclasses.replace(TEACHER, latency_ms=0)
 
 
-# ---- accuracy against forwards -------------------------------------------------------------------------------------
+# ---- benchmark -----------------------------------------------------------------------------------------------------
 
-
-def test_every_method_has_its_point_and_a_series_one_line(figure):
-    axes = figure(report.plot_accuracy, MANY, "-", "title").axes[0]
-    drawn = [[tuple(point) for point in line.get_xydata()] for line in axes.lines]
-    assert sorted(point for line in drawn for point in line) == sorted((r.forwards, 100 * r.accuracy) for r in MANY)
-    assert sorted(len(line) for line in drawn) == [1, 1, 3, 4]
-    assert all(line == sorted(line) for line in drawn)
-    assert axes.get_xscale() == "log"
-
-
-@pytest.mark.parametrize(
-    "results",
-    [MANY, MANY[::-1], [TEACHER], [result(f"method {i}", 0.99 + i / 10000, 4 + i / 50, 9) for i in range(6)]],
-    ids=["usual", "reversed", "one", "crowded"],
+NAIVE = measured(
+    "naive",
+    {"chain": Score(100, 0.9, 48.0, 24.0, 0.5), "sudoku": Score(300, 0.5, 40.0, 10.0, 0.25)},
+    latency_ms=(151.2, 144.4, 166.0),
 )
-def test_labels_are_whole_and_do_not_overlap(figure, results):
-    drawn = figure(report.plot_accuracy, results, "-", "title")
-    axes, renderer = drawn.axes[0], drawn.canvas.get_renderer()
-    boxes = [text.get_window_extent(renderer) for text in axes.texts if text.get_text()]
-    page = axes.get_window_extent(renderer)
-    assert len(boxes) == len(results)
-    assert not any(report._overlap(a, b) for a, b in combinations(boxes, 2))
-    assert all(page.x0 <= box.x0 and box.x1 <= page.x1 and page.y0 <= box.y0 and box.y1 <= page.y1 for box in boxes)
+CDLM = measured(
+    "CDLM, tau 0.9",
+    {"chain": Score(100, 0.8, 4.0, 20.0, 5.0), "sudoku": Score(300, 0.6, 5.0, 10.0, 2.0)},
+    "CDLM",
+    latency_ms=(7.5, 7.05, 8.4),
+    throughput={1: (3775.4, 3511.0, 3964.0), 4: (99.95, 90.0, 120.0)},
+)
+UNTIMED = measured(
+    "a|b", {"chain": Score(100, 0.75, 4.0, 20.0, 5.0), "sudoku": Score(300, 0.6, 5.0, 10.0, 2.0)}, "CDLM"
+)
+BENCHMARK = [NAIVE, CDLM, UNTIMED]
+TIMES = (
+    "forwards and tokens: per answer, tokens before the first EOS; latency and tokens/s: one sequence alone, "
+    "median (10th-90th percentile); speed-up against naive"
+)
 
 
-# ---- the order of finalization -------------------------------------------------------------------------------------
+def test_benchmark_markdown_in_full():
+    header = "| method | accuracy | forwards | tokens/forward | tokens | latency | speed-up | tokens/s |\n"
+    rule = "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |\n"
+    slow = "151 ms (144-166) | 1.0x |  |\n"
+    fast = "7.50 ms (7.05-8.40) | 20.2x | 3775 (3511-3964) |\n"
+    assert report.benchmark_markdown(BENCHMARK, "naive") == (
+        "### All problems\n\n" + header + rule + "| naive | 70.0 % | 42.00 | 0.32 | 13.5 | " + slow +
+        "| CDLM, tau 0.9 | 70.0 % | 4.75 | 2.63 | 12.5 | " + fast +
+        "| a\\|b | 67.5 % | 4.75 | 2.63 | 12.5 |  |  |  |\n\n"
+        f"400 problems in 2 groups, accuracy is the mean over the groups; {TIMES}\n\n"
+        "### Accuracy\n\n| method | chain | sudoku | mean |\n| --- | ---: | ---: | ---: |\n"
+        "| naive | 90.0 % | 50.0 % | 70.0 % |\n| CDLM, tau 0.9 | 80.0 % | 60.0 % | 70.0 % |\n"
+        "| a\\|b | 75.0 % | 60.0 % | 67.5 % |\n\n"
+        "### Accuracy under parallelism (AUP)\n\n| series | chain | sudoku | mean |\n| --- | ---: | ---: | ---: |\n"
+        "| naive | 45.0 | 12.5 | 28.8 |\n| CDLM | 400.0 | 120.0 | 260.0 |\n\n"
+        "accuracy in percent x tokens per forward (d3LLM's definition); "
+        "a series' least parallel point is its reference\n\n"
+        "### Throughput\n\n| method | batch 1 | batch 4 | compile |\n| --- | ---: | ---: | ---: |\n"
+        "| CDLM, tau 0.9 | 3775 (3511-3964) | 100.0 (90.0-120.0) | 2.0 s |\n\n"
+        "tokens before the first EOS per second, median (10th-90th percentile); compile: batch 1, not counted\n\n"
+        "### chain\n\n" + header + rule + "| naive | 90.0 % | 48.00 | 0.50 | 24.0 | " + slow +
+        "| CDLM, tau 0.9 | 80.0 % | 4.00 | 5.00 | 20.0 | " + fast +
+        f"| a\\|b | 75.0 % | 4.00 | 5.00 | 20.0 |  |  |  |\n\n100 problems; {TIMES}\n\n"
+        "### sudoku\n\n" + header + rule + "| naive | 50.0 % | 40.00 | 0.25 | 10.0 | " + slow +
+        "| CDLM, tau 0.9 | 60.0 % | 5.00 | 2.00 | 10.0 | " + fast +
+        f"| a\\|b | 60.0 % | 5.00 | 2.00 | 10.0 |  |  |  |\n\n300 problems; {TIMES}\n"
+    )  # fmt: skip
 
 
-def cells(drawn):
-    """Face colours of all cells, in order of position, and the texts on the page."""
-    axes = drawn.axes[0]
-    return [p.get_facecolor()[:3] for p in axes.patches if isinstance(p, Rectangle)], [t.get_text() for t in axes.texts]
+def test_the_terminal_gets_the_first_tables():
+    tables = report.benchmark_tables(BENCHMARK, "naive")
+    assert [table.title.plain for table in tables] == [
+        "All problems",
+        "Accuracy",
+        "Accuracy under parallelism (AUP)",
+        "Throughput",
+    ]
+    shown = [printed(table) for table in tables]
+    assert "20.2x" in shown[0] and "67.5 %" in shown[1] and "260.0" in shown[2] and "3775 (3511-3964)" in shown[3]
 
 
-def test_colour_is_the_forward(figure):
-    faces, texts = cells(
-        figure(report.plot_order, [("CDLM", list("ab$c") + ["", ""], [0, 1, 0, 1, 1, -1], 2, 3)], "-", "t")
-    )
-    assert faces[0] == faces[2] != faces[1] == faces[3]
-    assert sum(faces[4]) > sum(faces[3])  # EOS is faint
-    assert faces[5] == (1, 1, 1)  # never decoded
-    assert texts[0] == "t" and texts[1] == "CDLM: 2 forwards" and texts[-5:] == ["a", "b", "$", "c", "·"]
+def test_one_group_is_shown_once_and_throughput_only_if_measured():
+    single = dataclasses.replace(NAIVE, scores={"chain": NAIVE.scores["chain"]})
+    text = report.benchmark_markdown([single], "naive")
+    assert text.count("### ") == 3 and "Throughput" not in text
+    assert text.count("100 problems; ") == 1 and "groups" not in text
 
 
-@pytest.mark.parametrize(("block", "rows"), [(32, 4), (64, 4), (48, 6), (256, 4), (1, 4)])
-def test_long_answers_wrap_at_blocks(figure, block, rows):
-    sample = Order("teacher", ["x"] * 256, range(256), 256, block)
-    axes = figure(report.plot_order, [sample, sample], "-", "t").axes[0]
-    assert len(axes.patches) == 512
-    first = axes.patches[:256]
-    assert len({patch.get_y() for patch in first}) == rows
-    assert len(axes.lines) == 2 * ((256 - 1) // block)
-    width, height = axes.get_xlim()[1], axes.get_ylim()[0]
-    assert all(p.get_x() >= 0 and p.get_x() + p.get_width() <= width for p in axes.patches)
-    assert all(p.get_y() >= 0 and p.get_y() + p.get_height() <= height for p in axes.patches)
+def test_long_group_names_are_whole_in_a_narrow_terminal():
+    name = "dream_sudoku_4x4_with_a_long_name.jsonl"
+    sheet = report.accuracy_table([measured(f"method {i}", {name: Score(1, 1.0, 1.0, 1.0, 1.0)}) for i in range(3)])
+    out = io.StringIO()
+    Console(file=out, width=40).print(sheet.rich())
+    cells = [line.split("┃")[2].strip() for line in out.getvalue().splitlines() if line.startswith("┃")]
+    assert "".join(cells) == name
 
 
-def test_long_pieces_fit_their_cells(figure):
-    pieces = [" naturally", "\n", "數學", "$x$", " a", "WWWWWW"]
-    drawn = figure(report.plot_order, [("x", pieces, [0, 1, 2, 3, 4, 5], 6, 6)], "-", "t")
-    axes, renderer = drawn.axes[0], report.FigureCanvasAgg(drawn).get_renderer()
-    texts = axes.texts[-6:]
-    assert [text.get_text() for text in texts] == ["natur…", "↵", "□□", "$x$", "a", "WWWWWW"]
-    for text, cell in zip(texts, axes.patches, strict=True):
-        inside, box = text.get_window_extent(renderer), cell.get_window_extent(renderer)
-        assert box.x0 < inside.x0 and inside.x1 < box.x1
-
-
-def test_bad_samples_are_refused():
-    for sample, message in (
-        (("x", ["a"], [0, 1], 2, 1), "one finalized_at per piece, got 2 for 1"),
-        (("x", [], [], 1, 1), "one finalized_at per piece, got 0 for 0"),
-        (("x", ["a"], [0], 1, 0), "block_size of at least 1, got 0"),
-        (("x", ["a"], [4], 4, 1), "has 4 forwards, but a position finalized in number 5"),
-    ):
-        with pytest.raises(InputError, match=message):
-            report.plot_order([sample], "never-written.png", "t")
-    for plot in (report.plot_order, report.plot_accuracy):
-        with pytest.raises(InputError, match="nothing to plot"):
-            plot([], "never-written.png", "t")
-
-
-# ---- files ---------------------------------------------------------------------------------------------------------
-
-
-def png_size(path) -> tuple[int, int]:
-    head = path.read_bytes()[:24]
-    assert head[:8] == b"\x89PNG\r\n\x1a\n"
-    return struct.unpack(">II", head[16:24])
-
-
-def test_plots_are_written_as_png(tmp_path):
-    report.plot_accuracy(MANY, tmp_path / "accuracy.png", "title")
-    assert png_size(tmp_path / "accuracy.png") == (1200, 720)
-    report.plot_order([("x", ["a"] * 48, range(48), 48, 16)] * 2, str(tmp_path / "order.png"), "title")
-    width, height = png_size(tmp_path / "order.png")
-    assert width > 1500 and height < width / 3
-
-
-def test_plotting_leaves_matplotlib_as_it_was():
-    program = (
-        "import sys, matplotlib; before = matplotlib.rcParams.copy()\n"
-        "from cdlm_jax.evaluation.report import plot_order\n"
-        "import io; plot_order([('x', ['a'], [0], 1, 1)], io.BytesIO(), 't')\n"
-        "assert 'matplotlib.pyplot' not in sys.modules and matplotlib.rcParams.copy() == before"
-    )
-    subprocess.run([sys.executable, "-c", program], check=True)
+def test_bad_benchmarks_are_refused():
+    with pytest.raises(InputError, match=r"baseline 'nobody' is not among the methods: naive, CDLM, tau 0.9, a|b"):
+        report.benchmark_tables(BENCHMARK, "nobody")
+    with pytest.raises(InputError, match="group 'sort' is not among those measured: chain, sudoku"):
+        report.benchmark_table(BENCHMARK, "sort", "naive")
+    odd = measured("odd", {"chain": CDLM.scores["chain"]})
+    for table in (report.accuracy_table, report.aup_table):
+        with pytest.raises(InputError, match="'odd' was scored on chain, but 'naive' on chain, sudoku"):
+            table([*BENCHMARK, odd])

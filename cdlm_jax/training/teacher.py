@@ -12,6 +12,7 @@ from flax import nnx
 
 from cdlm_jax.config import InputError
 from cdlm_jax.decoding.common import append_response, predicting_rows
+from cdlm_jax.decoding.progress import response_lengths
 from cdlm_jax.training.loop import LoopConfig
 from cdlm_jax.training.losses import masked_denoising_loss
 from cdlm_jax.training.optimizer import OptimizerConfig
@@ -48,11 +49,14 @@ class PretrainConfig(LoopConfig):
 
     objective: a bidirectional teacher by masked denoising, or a causal model to compare with by next-token prediction
         (`training/causal.py`, which has no noise).
+    filler_weight: importance of the EOS tokens after the first in masked denoising. Where answers are much shorter than
+        the response, a plain mean leaves the answer itself little gradient.
     """
 
     objective: Literal["masked_denoising", "autoregressive"] = "masked_denoising"
     batch_size: int = 64
     ema_decay: float = 0.995
+    filler_weight: float = 1.0
     optimizer: OptimizerConfig = OptimizerConfig(name="muon", learning_rate=1e-2, weight_decay=0.0)
     noise: NoiseSchedule = NoiseSchedule()
 
@@ -62,9 +66,11 @@ class PretrainConfig(LoopConfig):
             raise InputError(f"pretrain.batch_size must be at least 1, got {self.batch_size}")
         if not 0 <= self.ema_decay < 1:
             raise InputError(f"pretrain.ema_decay must be in [0, 1), got {self.ema_decay}")
+        if not 0 <= self.filler_weight <= 1:
+            raise InputError(f"pretrain.filler_weight must be in [0, 1], got {self.filler_weight}")
 
 
-def make_loss(graphdef: nnx.GraphDef, noise: NoiseSchedule, steps: int):
+def make_loss(graphdef: nnx.GraphDef, config: PretrainConfig):
     """The `LossFn` of pre-training: E_t[1/(t L) * sum over masked of -log p(answer)] under full attention.
 
     batch: {prompt [rows, P_max], prompt_length [rows], answer [rows, L]}.
@@ -75,12 +81,14 @@ def make_loss(graphdef: nnx.GraphDef, noise: NoiseSchedule, steps: int):
         answer, prompt_lengths = batch["answer"], batch["prompt_length"]
         rows, length = answer.shape
         t_key, mask_key = jax.random.split(keys[0])
-        t = noise.ratios(t_key, rows, step / steps)
+        t = config.noise.ratios(t_key, rows, step / config.steps)
         masked = jax.random.uniform(mask_key, answer.shape) < t[:, None]
         y = jnp.where(masked, model.config.mask_token_id, answer)
         tokens = append_response(batch["prompt"], prompt_lengths, y)
         hidden = model(tokens, visible_end=row_end(prompt_lengths, length, tokens.shape[1]))
         hidden = predicting_rows(hidden, prompt_lengths, length, model.config.logit_alignment)
-        return masked_denoising_loss(hidden, model.head, answer, masked, t), {}
+        filler = jnp.arange(length) > response_lengths(answer, model.config.eos_token_id)[:, None]
+        importance = jnp.where(filler, config.filler_weight, 1.0)
+        return masked_denoising_loss(hidden, model.head, answer, masked, t, importance=importance), {}
 
     return loss_fn

@@ -1,0 +1,168 @@
+"""The benchmark: which methods run on which model, what is written, and that it repeats itself."""
+
+import dataclasses
+import io
+import json
+
+import numpy as np
+import pytest
+from flax import nnx
+from rich.console import Console
+from test_model_folder import tiny_folder
+
+from cdlm_jax import benchmark as program
+from cdlm_jax.benchmark import BenchmarkConfig, Setting, benchmark, methods
+from cdlm_jax.cli import main
+from cdlm_jax.config import InputError
+from cdlm_jax.evaluation.harness import Score
+from cdlm_jax.models.transformer import Transformer
+
+ALL = ("naive", "truncated", "dream", "dllm_cache", "fast_dllm", "autoregressive", "untrained", "cdlm")
+
+
+def causal_folder():
+    folder = tiny_folder(role="autoregressive")
+    config = dataclasses.replace(
+        folder.model.config, family="llama", logit_alignment="shifted", mask_token_id=None, source=""
+    )
+    return dataclasses.replace(folder, model=Transformer(config, rngs=nnx.Rngs(2)))
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    tiny_folder(0).save(folder / "teacher")
+    tiny_folder(1, role="student").save(folder / "student")
+    causal_folder().save(folder / "autoregressive")
+    return {role: str(folder / role) for role in ("teacher", "student", "autoregressive")}
+
+
+def make(models, work, **changes):
+    given = {
+        **models,
+        "work": str(work),
+        "methods": ALL,
+        "tasks": ("chain", "sort"),
+        "per_task": 3,
+        "gen_length": 8,
+        "block_size": 4,
+        "thresholds": (0.9, 0.5),
+        "caches": ("dual",),
+        "steps": (2,),
+        "intervals": (4, 2),
+        "batch_sizes": (1, 2),
+        "repetitions": 2,
+        "latency_problems": 2,
+        "batch_size": 4,
+    }
+    return BenchmarkConfig(**(given | changes))
+
+
+@pytest.fixture(scope="module")
+def finished(models, tmp_path_factory):
+    work, out = tmp_path_factory.mktemp("benchmark"), io.StringIO()
+    results = benchmark(make(models, work, thresholds=(0.9,)), Console(file=out, width=160))
+    return results, work, out.getvalue()
+
+
+def test_every_method_once_in_order():
+    config = make({}, "work", teacher="t")
+    found = methods(config)
+    assert [(method.name, method.series, method.role, method.headline) for method in found] == [
+        ("naive, 1 token per step", "naive", "teacher", True),
+        ("naive, 2 steps", "naive", "teacher", False),
+        ("dream, entropy", "dream", "teacher", True),
+        ("dLLM-Cache, 4/2", "dLLM-Cache", "teacher", True),
+        ("Fast-dLLM dual cache, tau 0.9", "Fast-dLLM dual cache", "teacher", True),
+        ("Fast-dLLM dual cache, tau 0.5", "Fast-dLLM dual cache", "teacher", False),
+        ("autoregressive", "autoregressive", "autoregressive", True),
+        ("untrained student, tau 0.9", "untrained student", "teacher", True),
+        ("untrained student, tau 0.5", "untrained student", "teacher", False),
+        ("CDLM, tau 0.9", "CDLM", "student", True),
+        ("CDLM, tau 0.5", "CDLM", "student", False),
+    ]
+    assert methods(dataclasses.replace(config, methods=("cdlm",))) == found[-2:]
+
+
+def test_all_methods_measured_on_the_same_problems(finished):
+    results, _, printed = finished
+    assert len(results) == len(methods(make({}, "", thresholds=(0.9,))))
+    for result in results:
+        assert list(result.scores) == ["chain", "sort"]
+        assert all(score.problems == 3 and 1 <= score.forwards <= 8 for score in result.scores.values())
+        median, low, high = result.latency_ms
+        assert 0 < low <= median <= high
+        assert result.name in printed
+    naive, truncated = results[:2]
+    assert naive.scores["chain"].forwards == 8 and truncated.scores["chain"].forwards == 2
+    assert truncated.throughput == {} and list(naive.throughput) == [1, 2]
+
+
+def test_the_files_say_all_that_is_needed_to_repeat_it(finished, models):
+    results, work, _ = finished
+    names = ("results.json", "results.md", "tradeoff.png", "latency.png", "throughput.png", "roofline.png", "order.png")
+    assert {path.name for path in work.iterdir()} == set(names)
+    assert all((work / name).read_bytes().startswith(b"\x89PNG") for name in names[2:])
+    summary = json.loads((work / "results.json").read_text())
+    assert summary["config"]["seed"] == 0 and summary["config"]["thresholds"] == [0.9]
+    assert summary["models"].keys() == models.keys()
+    assert summary["environment"]["packages"]["jax"] and summary["environment"]["cores"] >= 1
+    for stored, result in zip(summary["results"], results, strict=True):
+        assert {name: Score(**score) for name, score in stored["scores"].items()} == result.scores
+    assert all(f"| {result.name} " in (work / "results.md").read_text() for result in results)
+
+
+def test_same_seed_same_tokens(models, tmp_path, monkeypatch):
+    """Loaded and compiled anew, every method answers the same; sampling changes with the seed only."""
+    warm = program.Method("warm", "CDLM", "student", program.Options(decoder="cdlm", temperature=0.8, threshold=0.5))
+
+    def tokens(seed):
+        config = make(models, tmp_path, methods=("naive", "autoregressive", "cdlm"), thresholds=(0.5,), seed=seed)
+        setting = Setting.load(config)
+        found = [setting.answer(method, Console(file=io.StringIO())) for method in (*methods(config), warm)]
+        return [np.stack([answer.tokens for answer in answers]) for answers in found]
+
+    first, again, other = tokens(0), tokens(0), tokens(1)
+    for a, b in zip(first, again, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert [(a == b).all() for a, b in zip(first, other, strict=True)] == [True, True, True, False]
+
+
+def test_methods_without_a_model_are_left_out(models, tmp_path):
+    config = make(models | {"student": "", "autoregressive": ""}, tmp_path, methods=("cdlm", "autoregressive"))
+    with pytest.raises(InputError, match="^none of the methods cdlm, autoregressive has a model; give its folder$"):
+        benchmark(config, Console(file=io.StringIO()))
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"per_task": 0}, "config.per_task must be at least 1, got 0"),
+        ({"methods": ()}, "config needs at least one of methods, .*"),
+        ({"tasks": ()}, "config needs at least one of methods, .*"),
+        ({"intervals": (3,)}, r"config.intervals must be \(prompt_interval, response_interval\), got \(3,\)"),
+        ({"batch_sizes": (1, 0)}, r"config.batch_sizes must be positive, got \(1, 0\)"),
+    ],
+)
+def test_refused_settings(changes, message):
+    with pytest.raises(InputError, match=f"^{message}$"):
+        make({}, "work", **changes)
+
+
+def test_models_of_different_alphabets_are_refused(models, tmp_path):
+    folder = tiny_folder(0)
+    tokenizer = type(folder.tokenizer).characters("abc")
+    dataclasses.replace(folder, tokenizer=tokenizer).save(tmp_path / "other")
+    with pytest.raises(InputError, match="different tokenizers"):
+        Setting.load(make(models | {"student": str(tmp_path / "other")}, tmp_path))
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+def test_the_command_line(models, tmp_path, capsys):
+    line = ["benchmark", "--methods=beam", "--task=chain", f"--config.work={tmp_path}"]
+    line += [f"--config.{role}={folder}" for role, folder in models.items()]
+    assert main(line) == 2
+    assert "config.methods must be naive or truncated or" in capsys.readouterr().err
+    assert main([*line, "--methods=cdlm", "--task=chess"]) == 2
+    assert "unknown task 'chess'" in capsys.readouterr().err
