@@ -261,12 +261,19 @@ def test_usage(line, status, capsys):
     assert all(f"\n  {name} " in out for name in COMMANDS)
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [name for name, (define, _) in COMMANDS.items() if define is not None])
 def test_every_command_lists_its_flags(command, capsys):
     assert main([command, "--help"]) == 0
     out, error = capsys.readouterr()
     assert "--" in out and not error
-    assert ("--config" in out) == (command in ("quickstart", "pretrain", "collect", "distill"))
+    assert ("--config" in out) == (command in ("quickstart", "pretrain", "collect", "distill", "benchmark"))
+
+
+def test_lm_eval_parses_its_own_arguments(capsys):
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed")
+    with pytest.raises(SystemExit, match="^0$"):
+        main(["lm-eval", "--help"])
+    assert "--tasks" in capsys.readouterr().out
 
 
 def test_flags_may_be_written_with_hyphens(world, monkeypatch, capsys):
@@ -298,7 +305,7 @@ def test_export(world, monkeypatch, tmp_path, capsys):
 
 
 def test_interruption(world, monkeypatch, capsys):
-    def interrupt(folder):
+    def interrupt(folder, dtype):
         raise KeyboardInterrupt
 
     monkeypatch.chdir(world)
