@@ -67,7 +67,10 @@ TEXT = "generate --model=teacher --prompt=1+1="
 OPTIONS = {
     "gen_length": (f"{TEXT} --gen_length=47", ["gen_length 47", "multiple of block_size 16"]),
     "block_size": (f"{TEXT} --block_size=7", ["gen_length 48", "multiple of block_size 7"]),
-    "steps of the student": (f"{TEXT} --decoder=cdlm --steps=8", ["steps is no option of the cdlm decoder", "threshold"]),
+    "steps of the student": (
+        f"{TEXT} --decoder=cdlm --steps=8",
+        ["steps is no option of the cdlm decoder", "threshold"],
+    ),
     "steps and blocks": (f"{TEXT} --steps=7", ["steps", "multiple of the 3 blocks", "got 7"]),
     "steps and threshold": (f"{TEXT} --steps=6 --threshold=0.9", ["steps", "6", "0.9"]),
     "threshold": (f"{TEXT} --threshold=1.5", ["hreshold", "[0, 1]", "1.5"]),

@@ -13,7 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cdlm_jax.config import InputError
-from cdlm_jax.decoding.unmask import EntropyBudget, Factor, Margin, Quota, Threshold
+from cdlm_jax.decoding.unmask import (
+    Allowance,
+    EntropyBudget,
+    Factor,
+    FirstThen,
+    Margin,
+    Quota,
+    Threshold,
+    Timesteps,
+)
 from cdlm_jax.kernels.vocab import Confidence
 
 # ---- the definitions -----------------------------------------------------------------------------------------------
@@ -25,8 +34,8 @@ def decide(policy, row: Confidence, masked, step: int) -> tuple[set[int], float]
     if not places:
         return set(), math.inf
     match policy:
-        case Threshold(tau):
-            return above(row.probability, tau, places)
+        case Threshold(tau, inclusive):
+            return above(row.probability, tau, places, inclusive)
         case Margin(gap):
             return above(row.margin, gap, places)
         case Factor(factor):
@@ -35,6 +44,15 @@ def decide(policy, row: Confidence, masked, step: int) -> tuple[set[int], float]
             return within_budget(row.entropy, budget, places)
         case Quota(steps):
             return leading(falling(row.probability, places), row.probability, deal(len(masked), steps)[step])
+        case Timesteps(steps, eps):
+            surest = falling([-e for e in row.entropy], places)
+            return leading(surest, row.entropy, int(np.float32(len(places)) * share_of(step, steps, eps)))
+        case Allowance(steps, tau):
+            return from_an_allowance(row.probability, len(masked), steps, tau, step, places)
+        case FirstThen() if step == 0:
+            return {0} & set(places), math.inf
+        case FirstThen(rest):
+            return decide(rest, row, masked, step)
     raise AssertionError(policy)
 
 
@@ -49,8 +67,8 @@ def leading(order, score, count):
     return set(taken), abs(score[taken[-1]] - score[left[0]]) if taken and left else math.inf
 
 
-def above(score, bar, places):
-    taken = {i for i in places if score[i] > bar}
+def above(score, bar, places, inclusive=False):
+    taken = {i for i in places if score[i] > bar or inclusive and score[i] == bar}
     doubt = min(abs(score[i] - bar) for i in places)
     if taken:
         return taken, doubt
@@ -86,6 +104,22 @@ def within_budget(entropy, budget, places):
     return taken, min(doubt, gap)
 
 
+def share_of(step, steps, eps):
+    """Dream: the share of masked positions revealed between the times before and after a step; at last all."""
+    times = np.linspace(1, eps, steps + 1, dtype=np.float32)
+    return np.float32(1) if step == steps - 1 else 1 - times[step + 1] / times[step]
+
+
+def from_an_allowance(score, size, steps, tau, step, places):
+    """Of the best places, as many as have been dealt and not used: those that reach tau, and the best of all."""
+    dealt = size // steps * min(step + 1, steps)
+    unused = max(dealt - (size - len(places)), 0)
+    order = falling(score, places)
+    looked_at, gap = leading(order, score, unused)
+    taken = {i for i in looked_at if score[i] >= tau or i == order[0]}
+    return taken, min([gap, *(abs(score[i] - tau) for i in looked_at)])
+
+
 def deal(size, steps):
     """Positions dealt to the steps of a block one by one, like cards: how many each step gets."""
     steps = size if steps is None else steps
@@ -100,9 +134,17 @@ POLICIES = [
     *(Factor(factor) for factor in (0.25, 0.75, 1.0, 3.0)),
     *(EntropyBudget(budget) for budget in (0.0, 0.5, 1.5)),
     *(Quota(steps) for steps in (None, 1, 2, 3, 6, 9)),
+    *(Threshold(tau, inclusive=True) for tau in (0.0, 0.5, 1.0)),
+    *(Timesteps(steps) for steps in (1, 4, 6)),
+    Timesteps(4, eps=0.5),
+    *(Allowance(steps, tau) for steps, tau in ((1, 0.5), (2, 0.0), (3, 0.5), (6, 0.875), (6, 1.0))),
+    *(FirstThen(rest) for rest in (Threshold(0.5, inclusive=True), Timesteps(4))),
 ]
+AT_LEAST_ONE = [policy for policy in POLICIES if isinstance(policy, (Threshold, Margin, Factor, EntropyBudget))]
 ROWS, SIZE = 16, 6
-SCHEDULES = dict(np.load(GOLDEN / "llada" / "schedule_counts.npz"))
+LLADA_SCHEDULES, DREAM_SCHEDULES = (
+    dict(np.load(GOLDEN / family / "schedule_counts.npz")) for family in ("llada", "dream")
+)
 
 
 def grid(rng):
@@ -128,6 +170,14 @@ def chosen(policy, probability=(), *, margin=(), entropy=(), masked=None):
     return np.flatnonzero(select[0]).tolist()
 
 
+def steps_of(policy):
+    """Steps that make a difference to it."""
+    if isinstance(policy, FirstThen):
+        return max(2, steps_of(policy.rest))
+    steps = getattr(policy, "steps", 1) or SIZE
+    return steps + 1 if isinstance(policy, Allowance) else steps
+
+
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
 def test_definition(policy):
     compiled = jax.jit(lambda candidates, masked, step: policy(candidates, masked, step))
@@ -137,7 +187,7 @@ def test_definition(policy):
     def check(seed, density):
         rng = np.random.default_rng(seed)
         candidates, masked = candidates_of(rng), rng.uniform(size=(ROWS, SIZE)) < density
-        step = rng.integers(0, getattr(policy, "steps", 1) or SIZE, ROWS, np.int32)
+        step = rng.integers(0, steps_of(policy), ROWS, np.int32)
         select = np.asarray(compiled(candidates, masked, step))
         assert select.shape == masked.shape and select.dtype == bool
         for row in range(ROWS):
@@ -148,7 +198,7 @@ def test_definition(policy):
     check()
 
 
-@pytest.mark.parametrize("policy", [p for p in POLICIES if not isinstance(p, Quota)], ids=str)
+@pytest.mark.parametrize("policy", AT_LEAST_ONE, ids=str)
 def test_at_least_one_and_never_a_filled_position(policy):
     rng = np.random.default_rng(0)
     masked = np.stack([rng.permutation(SIZE) < count % (SIZE + 1) for count in range(ROWS)])
@@ -158,7 +208,12 @@ def test_at_least_one_and_never_a_filled_position(policy):
 
 
 @pytest.mark.parametrize(
-    "policy", [Threshold(1.0), Margin(1.0), Factor(0.01), EntropyBudget(0.0), Quota(None)], ids=str
+    "policy",
+    [
+        *(Threshold(1.0), Threshold(1.0, inclusive=True), Margin(1.0), Factor(0.01), EntropyBudget(0.0), Quota(None)),
+        *(Timesteps(2, eps=0.5), Allowance(1, 1.0)),
+    ],
+    ids=str,
 )
 def test_ties_go_to_the_lowest_position(policy):
     masked = [False, True, True, False, True, True]
@@ -183,6 +238,11 @@ def test_threshold_is_strict():
     assert chosen(Margin(0.25), margin=[0.25, 0.5, 0.0]) == [1]
 
 
+def test_an_inclusive_threshold_is_not():
+    assert chosen(Threshold(0.5, inclusive=True), [0.5, 0.25, 0.75, 0.5]) == [0, 2, 3]
+    assert chosen(Threshold(1.0, inclusive=True), [0.5, 0.75]) == [1]
+
+
 def test_a_filled_position_is_no_candidate_however_sure():
     assert chosen(Threshold(0.5), [1.0, 0.25, 0.125], masked=[False, True, True]) == [1]
     assert chosen(Factor(1.0), [1.0, 1.0, 0.25], masked=[False, False, True]) == [2]
@@ -202,22 +262,63 @@ def test_entropy_budget_leaves_out_the_largest():
     assert chosen(EntropyBudget(0.0), entropy=[0.0, 0.0, 1.0, 1.0]) == [0, 1, 2]
 
 
-@pytest.mark.parametrize("name", sorted(SCHEDULES))
+def run_of(policy, size, steps, entropy):
+    """Positions that a policy takes at each step of a block of `size`, which is then full."""
+    masked, counts = np.ones((1, size), bool), []
+    candidates = Confidence(*np.random.default_rng(size).uniform(size=(4, 1, size)).astype(np.float32))
+    policy = jax.jit(policy)
+    for step in range(steps):
+        select = np.asarray(policy(candidates, masked, np.array([step], np.int32)))
+        counts.append(int(select.sum()))
+        score = -candidates.entropy if entropy else candidates.probability
+        assert select.sum() == 0 or masked.sum() == select.sum() or score[select].min() > score[masked & ~select].max()
+        masked &= ~select
+    assert not masked.any()
+    return counts
+
+
+@pytest.mark.parametrize("name", sorted(LLADA_SCHEDULES))
 def test_golden_schedule(name):
     """LLaDA's get_num_transfer_tokens: n positions of a block over its steps."""
     size, steps = map(int, re.fullmatch(r"n(\d+)_steps(\d+)_counts", name).groups())
-    masked, counts = np.ones((1, size), bool), []
-    candidates = Confidence(*np.random.default_rng(size).uniform(size=(4, 1, size)).astype(np.float32))
-    policy = jax.jit(Quota(steps))
-    for step in range(steps):
-        select = np.asarray(policy(candidates, masked, np.array([step], np.int32)))
-        counts.append(select.sum())
-        masked &= ~select
-    assert counts == SCHEDULES[name].tolist() == deal(size, steps)
-    assert not masked.any()
+    counts = run_of(Quota(steps), size, steps, entropy=False)
+    assert counts == LLADA_SCHEDULES[name].tolist() == deal(size, steps)
 
 
-@pytest.mark.parametrize("policy", [Threshold(0.5), Margin(0.5), Factor(0.5), EntropyBudget(0.5), Quota(2)], ids=str)
+@pytest.mark.parametrize("name", sorted(name for name in DREAM_SCHEDULES if name.endswith("_counts")))
+def test_golden_schedule_of_dream(name):
+    """Its float32 timesteps, but for their last bits, and exactly the tokens that they make."""
+    size, steps, eps = re.fullmatch(r"n(\d+)_steps(\d+)_eps(.+)_counts", name).groups()
+    size, steps, schedule = int(size), int(steps), Timesteps(int(steps), float(eps))
+    times = DREAM_SCHEDULES[name.replace("_counts", "_timesteps")]
+    shares = np.asarray(schedule.share(jnp.arange(steps)))
+    assert times.dtype == shares.dtype == np.float32
+    np.testing.assert_allclose(shares, np.append(1 - times[1:-1] / times[:-2], 1), rtol=0, atol=2**-22)
+    assert run_of(schedule, size, steps, entropy=True) == DREAM_SCHEDULES[name].tolist()
+
+
+def test_as_many_timesteps_as_positions():
+    """The trap of upstream's `_sample`: a forward that finalizes nothing, and at last one that finalizes two."""
+    assert run_of(Timesteps(6), 6, 6, entropy=True) == [0, 1, 1, 1, 1, 2]
+
+
+def test_an_allowance_carries_over():
+    """What a step looks at and leaves is looked at by the next, and beyond the last step if need be."""
+    assert run_of(Allowance(3, 0.0), 6, 3, entropy=False) == [2, 2, 2]
+    assert run_of(Allowance(3, 1.0), 6, 6, entropy=False) == [1] * 6
+    assert chosen(Allowance(3, 0.5), [0.75, 0.875, 0.625, 0.5, 0.25, 0.125]) == [0, 1]
+    assert chosen(Allowance(3, 0.8125), [0.75, 0.875, 0.625, 0.5, 0.25, 0.125]) == [1]
+    assert chosen(Allowance(1, 0.5), [0.75, 0.875, 0.625, 0.5, 0.25, 0.125]) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        *(Threshold(0.5), Margin(0.5), Factor(0.5), EntropyBudget(0.5), Quota(2)),
+        *(Timesteps(2), Allowance(2, 0.5), FirstThen(Quota(2))),
+    ],
+    ids=str,
+)
 def test_policies_are_frozen_values(policy):
     field = dataclasses.fields(policy)[0]
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -230,6 +331,10 @@ def test_policies_are_frozen_values(policy):
 @pytest.mark.parametrize(
     "make, bad, message",
     [
+        *((Allowance, (bad, 0.5), f"steps must be a positive integer, got {bad}") for bad in (0, 2.5)),
+        *((Allowance, (2, bad), rf"tau must be in \[0, 1\], got {bad}") for bad in (1.5, math.nan)),
+        *((Timesteps, bad, f"steps must be a positive integer, got {bad}") for bad in (0, -3, 2.5)),
+        *((Timesteps, (4, bad), rf"eps must be in \(0, 1\), got {bad}") for bad in (0, 1, -0.1, math.nan)),
         *((Threshold, bad, rf"tau must be in \[0, 1\], got {bad}") for bad in (-0.1, 1.5, math.nan)),
         *((Margin, bad, rf"gap must be in \[0, 1\], got {bad}") for bad in (-0.1, 1.5, math.nan)),
         *((Factor, bad, f"factor must be positive, got {bad}") for bad in (0, -1.0, math.nan)),
@@ -239,4 +344,4 @@ def test_policies_are_frozen_values(policy):
 )
 def test_bad_arguments_are_refused(make, bad, message):
     with pytest.raises(InputError, match=f"^{make.__name__}: {message}$"):
-        make(bad)
+        make(*bad) if isinstance(bad, tuple) else make(bad)

@@ -6,7 +6,7 @@ import numpy as np
 
 from cdlm_jax.config import InputError, LogitAlignment, ModelConfig, is_count
 from cdlm_jax.decoding.progress import Progress, take_rows
-from cdlm_jax.decoding.sampling import measure
+from cdlm_jax.decoding.sampling import measure, without
 from cdlm_jax.decoding.unmask import Unmask
 from cdlm_jax.kernels.vocab import Confidence, confidence
 from cdlm_jax.models.transformer import Transformer
@@ -86,7 +86,7 @@ def predict(
         # "high" draws the noise with enough bits that the tail of the softmax is not lost (upstream: float64).
         noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:], mode="high"))(keys)
         scores = logits / temperature + noise
-    token = jnp.argmax(scores.at[..., mask_id].set(-jnp.inf), axis=-1)
+    token = jnp.argmax(without(mask_id, scores), axis=-1)
     return measure(jax.nn.log_softmax(logits.at[..., list(unsure)].set(-jnp.inf)), token, mask_id)
 
 

@@ -142,7 +142,8 @@ def _layer(model, prompt_lengths, prompt_size: int, config: Config, prompt: bool
     elif config.update_ratio > 0:
         count = int(config.gen_length * config.update_ratio)
         kept, changed = _most_changed(layer, take_at(x, in_response), kept, in_response, count)
-        due.append(changed)
+        if count:
+            due.append(changed)
     if due:
         at = jnp.concatenate(due, axis=1)
         angles = rotary(at, model.config.head_dim, model.config.rope_theta)

@@ -158,12 +158,17 @@ def _dual(model, prompt_lengths, config: Config, progress: Progress, cache: KVCa
 
 
 def _prefix(model, prompt_lengths, config: Config, progress: Progress, cache: KVCache):
-    """From the block to the end of the response; as wide as the row that is furthest behind needs."""
+    """From the block to the end of the response: at least as wide as the row that is furthest behind needs.
+
+    There is one compiled forward per width, so only a few are offered, each about half of the one before.
+    """
     blocks = config.gen_length // config.block_size
-    widths = [config.gen_length - block * config.block_size for block in range(blocks)]
-    behind = jnp.min(jnp.where(progress.done, blocks - 1, progress.block))
-    steps = [partial(_cached, model, prompt_lengths, config, width=width) for width in widths]
-    return jax.lax.switch(behind, steps, progress, cache)
+    widths = [blocks]  # in blocks
+    while widths[-1] > 1:
+        widths.append(-(-widths[-1] // 2))
+    needed = jnp.max(jnp.where(progress.done, 1, blocks - progress.block))
+    steps = [partial(_cached, model, prompt_lengths, config, width=width * config.block_size) for width in widths]
+    return jax.lax.switch((jnp.array(widths) >= needed).sum() - 1, steps, progress, cache)
 
 
 def _cached(model, prompt_lengths, config: Config, progress: Progress, cache: KVCache, width: int):

@@ -136,17 +136,13 @@ class Timesteps:
         return jnp.asarray(self._shares())[jnp.clip(step, 0, self.steps - 1)]
 
     def count(self, masked: jax.Array, step: jax.Array) -> jax.Array:
-        """Positions that each row finalizes at its step: int32 [rows]. In float32 like upstream, whose truncation of
-        products just below an integer decides."""
+        """Positions that each row finalizes at its step: int32 [rows]; truncated products in float32, as upstream."""
         return (masked.sum(axis=1).astype(jnp.float32) * self.share(step)).astype(jnp.int32)
 
     def _shares(self) -> np.ndarray:
-        # torch.linspace(1, eps, steps + 1) in float32: from the start in its first half, from the end in the second.
-        one, eps = np.float32(1), np.float32(self.eps)
-        spacing = (eps - one) / np.float32(self.steps)
-        i = np.arange(self.steps + 1, dtype=np.float32)
-        times = np.where(i < (self.steps + 1) // 2, one + spacing * i, eps - spacing * (self.steps - i))
-        return np.append(one - times[1:-1] / times[:-2], one).astype(np.float32)
+        # The last bits of upstream's torch.linspace depend on its machine: it strides by the width of CPU vectors.
+        times = np.linspace(1, self.eps, self.steps + 1, dtype=np.float32)
+        return np.append(1 - times[1:-1] / times[:-2], np.float32(1))
 
     def __call__(self, candidates, masked, step):
         return top(-candidates.entropy, masked, self.count(masked, step))

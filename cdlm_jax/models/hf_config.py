@@ -92,12 +92,13 @@ _FAMILIES = {
     ),
 }
 # Dream began as Qwen2.5, so these differ from it in little.
+_NO_BIASES = {"attention_bias": (False, None), "mlp_bias": (False, None)}
 for _name, _architecture, _bias in (("qwen2", "Qwen2ForCausalLM", True), ("llama", "LlamaForCausalLM", False)):
     _FAMILIES[_name] = dataclasses.replace(
         _FAMILIES["dream"],
         model_type=_name,
         architecture=_architecture,
-        fixed=_FAMILIES["dream"].fixed | {"attention_bias": (False, None), "mlp_bias": (False, None)},
+        fixed=_FAMILIES["dream"].fixed | ({} if _bias else _NO_BIASES),
         implied={"logit_alignment": "shifted", "qkv_bias": _bias, "mask_token_id": None},
     )
 
@@ -158,9 +159,9 @@ def parse_config(raw: dict[str, Any], where: str) -> ModelConfig:
 
 
 def _with_defaults(family: str, raw: dict[str, Any], where: str) -> dict[str, Any]:
-    """Upstream's rules for keys that are null or absent. Of several EOS tokens (Llama) the first one counts."""
+    """Upstream's rules for keys that are null or absent. Of several EOS tokens the last counts (Llama 3: a turn's)."""
     if family == "llama" and isinstance(eos := raw.get("eos_token_id"), list) and eos:
-        raw = raw | {"eos_token_id": eos[0]}
+        raw = raw | {"eos_token_id": eos[-1]}
     defaults = {"pad_token_id": raw.get("eos_token_id")}
     if family == "llada":
         defaults |= {
@@ -178,10 +179,21 @@ def _with_defaults(family: str, raw: dict[str, Any], where: str) -> dict[str, An
         heads = _value(raw, "num_attention_heads", int, where)
         if raw.get("head_dim") is not None and _value(raw, "head_dim", int, where) * heads != raw.get("hidden_size"):
             raise InputError(f"{where}: head_dim is {raw['head_dim']}; it must be hidden_size / num_attention_heads")
+        raw = raw | _rope(raw, where)
         defaults |= {"num_key_value_heads": heads, "tie_word_embeddings": False}
         if family == "llama":
             defaults["rope_theta"] = 10_000.0
     return raw | {key: value for key, value in defaults.items() if raw.get(key) is None}
+
+
+def _rope(raw: dict[str, Any], where: str) -> dict[str, Any]:
+    """transformers 5 writes `rope_parameters` in place of `rope_theta` and `rope_scaling`."""
+    rope = raw.get("rope_parameters")
+    if rope is None:
+        return {}
+    if not isinstance(rope, dict) or rope.get("rope_type", "default") != "default":
+        raise InputError(f"{where}: rope_parameters is {json.dumps(rope)}; this model supports only rope_type default")
+    return {"rope_theta": rope.get("rope_theta", raw.get("rope_theta"))}
 
 
 def _value(raw: dict[str, Any], key: str, kind: type, where: str):
