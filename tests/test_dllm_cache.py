@@ -235,6 +235,8 @@ def test_requests_refused():
     with pytest.raises(InputError, match=r"^prompt 6 \+ gen_length 60 exceeds the model's 64 positions$"):
         long = dataclasses.replace(config, gen_length=60)
         dllm_cache.generate(TEMPLATES["shifted"], PROMPTS, np.array([6, 6]), long)
-    causal = Transformer(dataclasses.replace(CONFIG, family="llama", mask_token_id=None), rngs=nnx.Rngs(0))
+    causal = Transformer(
+        dataclasses.replace(CONFIG, family="llama", logit_alignment="shifted", mask_token_id=None), rngs=nnx.Rngs(0)
+    )
     with pytest.raises(InputError, match=r"^llama is autoregressive: decode it with decoding\.autoregressive$"):
         dllm_cache.generate(causal, PROMPTS, np.array([6, 6]), config)
