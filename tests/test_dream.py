@@ -286,6 +286,7 @@ def test_chance_needs_a_key(changes, message):
 def test_requests_refused():
     with pytest.raises(InputError, match=r"^prompt lengths must be in 1\.\.6, got 0\.\.6$"):
         dream.generate(TEMPLATES["shifted"], PROMPTS, np.array([6, 0]), make(steps=4))
-    causal = Transformer(dataclasses.replace(CONFIG, family="qwen2", mask_token_id=None), rngs=nnx.Rngs(0))
+    changes = {"family": "qwen2", "logit_alignment": "shifted", "mask_token_id": None}
+    causal = Transformer(dataclasses.replace(CONFIG, **changes), rngs=nnx.Rngs(0))
     with pytest.raises(InputError, match=r"^qwen2 is autoregressive: decode it with decoding\.autoregressive$"):
         dream.generate(causal, PROMPTS, np.array([6, 6]), make(steps=4))
