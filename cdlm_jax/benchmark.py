@@ -49,7 +49,7 @@ class BenchmarkConfig:
     teacher, student, autoregressive: model folders; empty leaves the methods that need it out.
     methods: of MethodName; untrained is the student's decoder on the teacher's weights.
     tasks, per_task, data, allow_code_execution: as --task, --num, --data and the last of `cdlm evaluate`.
-    gen_length, block_size: 0 takes the teacher folder's.
+    gen_length, block_size: 0 takes each model folder's own.
     thresholds: of fast_dllm, cdlm and untrained; no confidence is above 1: there the last two go token by token.
     caches: of fast_dllm; steps: of truncated; intervals: (prompt_interval, response_interval) of dllm_cache.
     headline_threshold: whose point stands for a series in the throughput sweep, over batch_sizes.
@@ -216,6 +216,12 @@ def benchmark(config: BenchmarkConfig, console: Console) -> list[Measured]:
     chosen = [method for method in methods(config) if method.role in setting.folders]
     if not chosen:
         raise InputError(f"none of the methods {', '.join(config.methods)} has a model; give its folder")
+    swept = any(method.options.threshold is not None for method in chosen)
+    if swept and config.headline_threshold not in config.thresholds:
+        allowed = ", ".join(f"{tau:g}" for tau in config.thresholds)
+        raise InputError(f"config.headline_threshold must be one of {allowed}, got {config.headline_threshold:g}")
+    if not any(method.headline for method in chosen):
+        raise InputError("truncated has no row in the throughput sweep of its own: add naive to the methods")
     decoders = {method.name: setting.decode(method) for method in chosen}  # what they refuse is refused now
     config.folder.mkdir(parents=True, exist_ok=True)
     console.print(f"{len(chosen)} methods, {len(setting.cases)} problems; everything is written under {config.folder}")

@@ -16,7 +16,7 @@ from cdlm_jax.config import InputError, build
 USAGE = """usage: cdlm <command> [--flag=value ...]        (cdlm <command> --help lists its flags)
 
   quickstart   shipped teacher -> trajectories -> student -> held-out report, on this machine
-  pretrain     train a tiny bidirectional teacher
+  pretrain     train a tiny bidirectional teacher, or a causal model to compare with
   collect      decode prompts with a teacher, keep its trajectories
   distill      train a block-causal student on trajectories
   generate     answer prompts with a model folder
@@ -139,7 +139,8 @@ def _quickstart_flags(values: flags.FlagValues) -> None:
 
 def _model_flags(values: flags.FlagValues) -> None:
     text, number, real = flags.DEFINE_string, flags.DEFINE_integer, flags.DEFINE_float
-    text("model", "shipped", "Model folder; `shipped` is the tiny teacher in the package.", flag_values=values)
+    shipped = "in the package: shipped (the teacher), shipped/student, shipped/autoregressive"
+    text("model", "shipped", f"Model folder; {shipped}.", flag_values=values)
     text("decoder", None, "cdlm, naive, dream, fast_dllm, dllm_cache or autoregressive.", flag_values=values)
     number("gen_length", None, "Response tokens.", lower_bound=1, flag_values=values)
     number("block_size", None, "Tokens per block.", lower_bound=1, flag_values=values)
@@ -289,11 +290,11 @@ def _benchmark(values: flags.FlagValues) -> None:
 
 
 def _lm_eval(arguments: list[str]) -> None:
-    from lm_eval.__main__ import cli_evaluate
-
     import cdlm_jax.evaluation.lm_eval_adapter  # noqa: F401  registers the model, or says what is missing
 
     with _program_arguments(["cdlm lm-eval", *arguments]):
+        from lm_eval.__main__ import cli_evaluate  # only now: the line above is the one that explains its absence
+
         cli_evaluate()
 
 

@@ -31,7 +31,8 @@ def cases(
 ) -> list[Case]:
     """What to answer, counted by task or by file.
 
-    names: tasks, whose first `count` held-out problems are taken (None: 512), and public benchmarks (None: all).
+    names: tasks, whose first `count` held-out problems are taken (None: 512), and public benchmarks (None: all; so of
+        files).
     files: Sudoku or Countdown-3 as `path`; a benchmark's as `name=path`, or as `path` if it is alone.
     chat: put benchmark questions into the folder's chat template, where it has one.
     """
@@ -40,12 +41,13 @@ def cases(
     if unknown := [name for name in names if name not in (*tasks.NAMES, *tasks.BENCHMARKS)]:
         known = f"tasks are {', '.join(tasks.NAMES)}; benchmarks are {', '.join(tasks.BENCHMARKS)}"
         raise InputError(f"unknown task {unknown[0]!r}; {known}")
+    names = list(dict.fromkeys(names))  # named twice is asked for once
     benchmarks = [name for name in names if name in tasks.BENCHMARKS]
     paths, puzzles = _assigned(files, benchmarks, alone=len(names) == 1)
     found = problem_cases(tokenizer, heldout_problems([n for n in names if n in tasks.NAMES], count or PER_TASK))
     for path in puzzles:
         task, problems = real_data.load(path)
-        found += problem_cases(tokenizer, [(task.name, problem) for problem in problems], group=Path(path).name)
+        found += problem_cases(tokenizer, [(task.name, problem) for problem in problems[:count]], group=Path(path).name)
     for name in benchmarks:
         found += _benchmark_cases(tokenizer, name, paths.get(name), count, chat, allow_code_execution)
     return found

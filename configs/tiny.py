@@ -14,6 +14,14 @@ Students of it:
     cdlm collect --config=configs/tiny.py             # 9 minutes with the next; README.md has the results
     cdlm distill --config=configs/tiny.py
     cdlm quickstart                                   # the variant `quick`: two tasks, in about 5 minutes
+
+The shipped student (`shipped/student`) is that of the first two lines: 500 steps on 4,096 trajectories. The causal
+model to compare with (`shipped/autoregressive`) had 4,000 steps of next-token prediction on the same mixture (35 min):
+
+    cdlm pretrain --config=configs/tiny.py:autoregressive
+
+Its held-out accuracy, 512 problems each: chain 100 %, spell_backward 100 %, sort 94 %, chain_sum 92 %, sudoku4 88 %,
+countdown3 60 %.
 """
 
 from ml_collections import ConfigDict
@@ -93,13 +101,6 @@ def get_config(variant: str = "full") -> ConfigDict:
         config.pretrain.update(steps=3200)
         config.pretrain.optimizer.learning_rate = 6e-3
         config.pretrain.noise.first_t_max = 1.0
-    elif variant == "polish":
-        config.work = "runs/tiny/polish"
-        config.init = "runs/tiny/finish/teacher"
-        config.tasks.update(chain=1.0, sudoku4=1.0, sort=1.5, countdown3=3.0, spell_backward=0.3, chain_sum=1.2)
-        config.pretrain.update(steps=4000, filler_weight=0.02)
-        config.pretrain.optimizer.learning_rate = 6e-3
-        config.pretrain.noise.first_t_max = 1.0
     elif variant == "autoregressive":
         config.work = "runs/tiny/autoregressive"
         config.pretrain.update(objective="autoregressive", steps=4000)
@@ -110,5 +111,5 @@ def get_config(variant: str = "full") -> ConfigDict:
         config.collect.update(num_prompts=960, shard_size=256)
         config.distill.update(steps=320, batch_size=32, checkpoint_every=80)
     elif variant != "full":
-        raise ValueError(f"configs/tiny.py:{variant} is unknown, allowed: full, finish, polish, autoregressive, quick")
+        raise ValueError(f"configs/tiny.py:{variant} is unknown, allowed: full, finish, autoregressive, quick")
     return config

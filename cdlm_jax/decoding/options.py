@@ -62,7 +62,9 @@ class Options:
             raise InputError(f"decoder must be one of {', '.join(DECODERS)}, got {self.decoder!r}")
         module = DECODERS[self.decoder]
         known = {field.name for field in dataclasses.fields(module.Config)}
-        given = {name: value for name, value in vars(self).items() if name not in ("decoder", "seed") and value}
+        given = {n: v for n, v in vars(self).items() if n not in ("decoder", "seed") and v is not None}
+        if not self.temperature:  # greedy, as every decoder can
+            del given["temperature"]
         if "block_size" not in known:  # every folder has one
             del given["block_size"]
         allowed = sorted((known | ({"threshold"} if "unmask" in known else set())) & vars(self).keys())
