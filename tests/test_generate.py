@@ -144,6 +144,15 @@ def test_options_reach_every_decoder(decoder, monkeypatch):
         Options(decoder=decoder, **{foreign: value}).resolve({})
 
 
+def test_a_zero_is_an_option_given(monkeypatch):
+    seen = Mock()
+    monkeypatch.setattr(cdlm, "generate", seen)
+    Options(decoder="cdlm", threshold=0.0).resolve({}).bind()("model", "p", "n", "key")
+    assert seen.call_args.args[3].unmask == Threshold(0.0)
+    with pytest.raises(InputError, match="^Factor: factor must be positive, got 0.0$"):
+        Options(decoder="fast_dllm", factor=0.0).resolve({})
+
+
 # ---- tasks and their scores ----------------------------------------------------------------------------------------
 
 
