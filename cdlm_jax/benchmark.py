@@ -243,7 +243,8 @@ def benchmark(config: BenchmarkConfig, console: Console) -> list[Measured]:
             )
         )
         if method.headline:
-            samples.append(_order(method, found[0], setting))
+            tokenizer, block_size = setting.folders[method.role].tokenizer, setting.options(method).block_size
+            samples.append(Order.of(method.name, found[0], tokenizer, block_size))
     _write(setting, chosen[0], results, samples, console)
     return results
 
@@ -275,13 +276,6 @@ def _requests(setting: Setting, count: int, size: int) -> list[tuple[jax.Array, 
     pad = next(iter(setting.folders.values())).model.config.pad_token_id
     batches = [[setting.cases[place] for place in batch] for batch in places.reshape(-1, size)]
     return [request(batch, setting.width, pad, setting.config.seed) for batch in batches]
-
-
-def _order(method: Method, answer: Answer, setting: Setting) -> Order:
-    folder = setting.folders[method.role]
-    shown = [folder.tokenizer.id_to_token(token) for token in answer.tokens[: answer.length].tolist()]
-    pieces = shown + [""] * (len(answer.tokens) - len(shown))
-    return Order(method.name, pieces, answer.finalized_at, answer.forwards, setting.options(method).block_size)
 
 
 # ---- writing -------------------------------------------------------------------------------------------------------

@@ -229,7 +229,7 @@ def _generate(values: flags.FlagValues) -> None:
         got = ", ".join(sources) or "none"
         raise InputError(f"give exactly one of --prompt, --prompt_ids, --task, --input; got {got}")
     folder, options = ModelFolder.load(values.model), _options(values)
-    options = options.resolve(folder.metadata, causal=folder.model.config.mask_token_id is None)
+    options = options.resolve(folder.metadata, causal=folder.model.config.causal)
     tokenizer = folder.tokenizer
     match sources[0]:
         case "prompt":
@@ -258,7 +258,7 @@ def _evaluate(values: flags.FlagValues) -> None:
     if not values.task and not values.data:
         raise InputError("give --task=names, --data=files, or both")
     folder = ModelFolder.load(values.model)
-    options = _options(values).resolve(folder.metadata, causal=folder.model.config.mask_token_id is None)
+    options = _options(values).resolve(folder.metadata, causal=folder.model.config.causal)
     if values.allow_code_execution:
         _warn_of_gaps()
     cases = evaluate.cases(

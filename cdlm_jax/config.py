@@ -56,12 +56,17 @@ class ModelConfig:
                 continue
             if not 0 <= token < self.vocab_size:
                 raise InputError(f"{name} {token} is outside the vocabulary 0..{self.vocab_size - 1}")
-        if self.mask_token_id is None and self.logit_alignment != "shifted":
+        if self.causal and self.logit_alignment != "shifted":
             raise InputError(
                 "an autoregressive model (no mask_token_id) predicts the next token: its logits are shifted"
             )
         if self.mask_token_id == self.eos_token_id:
             raise InputError(f"mask_token_id and eos_token_id are both {self.mask_token_id}")
+
+    @property
+    def causal(self) -> bool:
+        """Whether it is an autoregressive model, which has no mask to fill."""
+        return self.mask_token_id is None
 
     @property
     def head_dim(self) -> int:

@@ -28,7 +28,6 @@ from cdlm_jax.evaluation.plots import plot_accuracy
 from cdlm_jax.evaluation.report import MethodResult, markdown, table, task_table
 from cdlm_jax.model_folder import ModelFolder
 from cdlm_jax.recipe import Recipe, student_decoder, teacher_decoder
-from cdlm_jax.tokenizers import Tokenizer
 
 TEACHER = "teacher, 1 token per step"
 STUDENT = "CDLM, tau 0.9"
@@ -144,13 +143,7 @@ def report(
     console.print(task_table(results))
     (folder / "results.md").write_text(markdown(results, TEACHER))
     plot_accuracy(results, folder / "accuracy.png", "Held-out accuracy against forward passes")
-    orders = [_order(name, answered[name][0], encoder.tokenizer, recipe.block_size) for name in (TEACHER, STUDENT)]
+    orders = [Order.of(name, answered[name][0], encoder.tokenizer, recipe.block_size) for name in (TEACHER, STUDENT)]
     prompt = cases[0].text
     plot_order(orders, folder / "order.png", f"When each token of the answer to {prompt} was finalized")
     return results, (prompt, orders[-1])
-
-
-def _order(label: str, answer: Answer, tokenizer: Tokenizer, block_size: int) -> Order:
-    shown = [tokenizer.id_to_token(token) for token in answer.tokens[: answer.length].tolist()]
-    pieces = shown + [""] * (len(answer.tokens) - len(shown))
-    return Order(label, pieces, answer.finalized_at, answer.forwards, block_size)

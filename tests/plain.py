@@ -8,6 +8,9 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+from test_decoding import ROWS, few, row_lengths, seeds
 
 from cdlm_jax.decoding.progress import DecodeResult
 from cdlm_jax.kernels.vocab import Confidence
@@ -159,3 +162,33 @@ def unlike_in_company(request, run, order, decode_plainly) -> int:
             twin = decode_plainly(model, prompt, request.keys[row])
             assert twin.doubt < NEAR_TIE, (row, twin, batch)
     return count
+
+
+# ---- what every decoder must do ------------------------------------------------------------------------------------
+
+
+def check_twins(make, decode, plain):
+    """Ragged batches make(seed, lengths) against each of their rows decoded plainly; few near ties are excused."""
+    unlike = []
+
+    @few
+    @given(seeds, row_lengths)
+    def check(seed, lengths):
+        request = make(seed, lengths)
+        unlike.append(unlike_twins(request, decode(request), plain))
+
+    check()
+    assert sum(unlike) <= 0.01 * ROWS * len(unlike)
+
+
+def check_company(make, decode, plain):
+    """Rows alone, and in another order and wider padding, against the same rows of the batch."""
+    unlike = []
+
+    @few
+    @given(seeds, row_lengths, st.permutations(range(ROWS)))
+    def check(seed, lengths, order):
+        unlike.append(unlike_in_company(make(seed, lengths), decode, order, plain))
+
+    check()
+    assert sum(unlike) <= 0.01 * 2 * ROWS * len(unlike)

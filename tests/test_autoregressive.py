@@ -9,9 +9,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from hypothesis import given
-from hypothesis import strategies as st
-from plain import Twin, unlike_in_company, unlike_twins
+from plain import Twin, check_company, check_twins
 from test_decoding import (
     CONFIG,
     EOS,
@@ -19,11 +17,8 @@ from test_decoding import (
     PROMPTS,
     ROWS,
     TEMPLATES,
-    few,
     make_request,
     quick_jit,
-    row_lengths,
-    seeds,
 )
 from test_sampling import sample_plainly
 
@@ -82,31 +77,13 @@ def quickly(config):
 
 @pytest.mark.parametrize("family, config", CASES.values(), ids=CASES)
 def test_twin(family, config):
-    unlike = []
-
-    @few
-    @given(seeds, row_lengths)
-    def check(seed, lengths):
-        request = causal_request(family, seed, lengths)
-        unlike.append(unlike_twins(request, quickly(config)(request), partial(decode_plainly, config)))
-
-    check()
-    assert sum(unlike) <= 0.01 * ROWS * len(unlike)
+    check_twins(partial(causal_request, family), quickly(config), partial(decode_plainly, config))
 
 
 @pytest.mark.parametrize("name", ["qwen2, greedy", "llama, sampled and cut"])
 def test_batch_invariance(name):
     family, config = CASES[name]
-    unlike = []
-
-    @few
-    @given(seeds, row_lengths, st.permutations(range(ROWS)))
-    def check(seed, lengths, order):
-        request = causal_request(family, seed, lengths)
-        unlike.append(unlike_in_company(request, quickly(config), order, partial(decode_plainly, config)))
-
-    check()
-    assert sum(unlike) <= 0.01 * 2 * ROWS * len(unlike)
+    check_company(partial(causal_request, family), quickly(config), partial(decode_plainly, config))
 
 
 def test_a_row_ends_with_its_first_eos():

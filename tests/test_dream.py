@@ -10,9 +10,7 @@ import numpy as np
 import pytest
 from conftest import golden_ids
 from flax import nnx
-from hypothesis import given
-from hypothesis import strategies as st
-from plain import Twin, unlike_in_company, unlike_twins
+from plain import Twin, check_company, check_twins
 from test_decoding import (
     CONFIG,
     EOS,
@@ -21,12 +19,9 @@ from test_decoding import (
     PROMPTS,
     ROWS,
     TEMPLATES,
-    few,
     make_request,
     quick_jit,
     replay,
-    row_lengths,
-    seeds,
 )
 from test_sampling import sample_plainly
 from test_unmask import falling, leading, share_of
@@ -140,31 +135,13 @@ def quickly(config):
 
 @pytest.mark.parametrize("alignment, config", CASES.values(), ids=CASES)
 def test_twin(alignment, config):
-    unlike = []
-
-    @few
-    @given(seeds, row_lengths)
-    def check(seed, lengths):
-        request = make_request(alignment, seed, lengths)
-        unlike.append(unlike_twins(request, quickly(config)(request), partial(decode_plainly, config)))
-
-    check()
-    assert sum(unlike) <= 0.01 * ROWS * len(unlike)
+    check_twins(partial(make_request, alignment), quickly(config), partial(decode_plainly, config))
 
 
 @pytest.mark.parametrize("name", INVARIANT)
 def test_batch_invariance(name):
     alignment, config = CASES[name]
-    unlike = []
-
-    @few
-    @given(seeds, row_lengths, st.permutations(range(ROWS)))
-    def check(seed, lengths, order):
-        request = make_request(alignment, seed, lengths)
-        unlike.append(unlike_in_company(request, quickly(config), order, partial(decode_plainly, config)))
-
-    check()
-    assert sum(unlike) <= 0.01 * 2 * ROWS * len(unlike)
+    check_company(partial(make_request, alignment), quickly(config), partial(decode_plainly, config))
 
 
 @pytest.mark.parametrize("name", ["entropy", "maskgit_plus, all drawn", "entropy, more steps than tokens"])

@@ -9,9 +9,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from hypothesis import given
-from hypothesis import strategies as st
-from plain import PlainModel, Twin, look, unlike_in_company, unlike_twins
+from plain import PlainModel, Twin, check_company, check_twins, look
 from test_decoding import (
     BLOCK,
     CONFIG,
@@ -21,11 +19,8 @@ from test_decoding import (
     PROMPTS,
     ROWS,
     TEMPLATES,
-    few,
     make_request,
     quick_jit,
-    row_lengths,
-    seeds,
 )
 from test_unmask import decide
 
@@ -83,31 +78,13 @@ def quickly(config):
 @pytest.mark.parametrize("alignment, config", CASES.values(), ids=CASES)
 def test_twin(alignment, config):
     """Rows of a ragged batch, which are at different blocks and steps, against each alone."""
-    unlike = []
-
-    @few
-    @given(seeds, row_lengths)
-    def check(seed, lengths):
-        request = make_request(alignment, seed, lengths)
-        unlike.append(unlike_twins(request, quickly(config)(request), partial(decode_plainly, config)))
-
-    check()
-    assert sum(unlike) <= 0.01 * ROWS * len(unlike)
+    check_twins(partial(make_request, alignment), quickly(config), partial(decode_plainly, config))
 
 
 @pytest.mark.parametrize("name", ["prefix, threshold", "Dream, dual, threshold"])
 def test_batch_invariance(name):
     alignment, config = CASES[name]
-    unlike = []
-
-    @few
-    @given(seeds, row_lengths, st.permutations(range(ROWS)))
-    def check(seed, lengths, order):
-        request = make_request(alignment, seed, lengths)
-        unlike.append(unlike_in_company(request, quickly(config), order, partial(decode_plainly, config)))
-
-    check()
-    assert sum(unlike) <= 0.01 * 2 * ROWS * len(unlike)
+    check_company(partial(make_request, alignment), quickly(config), partial(decode_plainly, config))
 
 
 def test_random_requests_are_worth_testing():

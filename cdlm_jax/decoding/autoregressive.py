@@ -37,7 +37,7 @@ def generate(
     The same contract as `cdlm.generate`, for a causal model (`mask_token_id` None). A row ends with its first EOS;
     `forwards` are its tokens, EOS included.
     """
-    if model.config.mask_token_id is not None:
+    if not model.config.causal:
         raise InputError(f"autoregressive decoding needs a causal model (qwen2, llama), got {model.config.family}")
     check_prompts(model.config, prompts, prompt_lengths, config.gen_length, config.temperature, key)
     return _generate(model, prompts, prompt_lengths, key, config)

@@ -126,7 +126,7 @@ def check_policy(unmask) -> None:
 
 def check_request(model: ModelConfig, prompts, prompt_lengths, gen_length: int, temperature: float, key) -> None:
     """Refuse what cannot be decoded by filling masks."""
-    if model.mask_token_id is None:
+    if model.causal:
         raise InputError(f"{model.family} is autoregressive: decode it with decoding.autoregressive")
     check_prompts(model, prompts, prompt_lengths, gen_length, temperature, key)
 
@@ -161,6 +161,6 @@ def check_prompts(model: ModelConfig, prompts, prompt_lengths, gen_length: int, 
         raise InputError(
             f"prompt {row} holds token {tokens[row, place]}, outside the vocabulary 0..{model.vocab_size - 1}"
         )
-    masks = real & (tokens == model.mask_token_id) if model.mask_token_id is not None else np.zeros_like(real)
+    masks = real & (tokens == model.mask_token_id) if not model.causal else np.zeros_like(real)
     for row, place in np.argwhere(masks)[:1]:
         raise InputError(f"prompt {row} holds the mask token {model.mask_token_id} at position {place}")

@@ -76,7 +76,7 @@ class CDLM(TemplateLM):
         self.model, self.tokenizer = self.folder.model, self.folder.tokenizer
         if self.tokenizer is None:
             raise InputError(f"the harness gives texts, and model folder {pretrained} has no tokenizer")
-        self.options = options.resolve(self.folder.metadata, causal=self.model.config.mask_token_id is None)
+        self.options = options.resolve(self.folder.metadata, causal=self.model.config.causal)
         bos = self.tokenizer.special_tokens.get("bos_token")
         if add_bos_token and bos is None:
             raise InputError(f"add_bos_token: the tokenizer of {pretrained} names no bos_token")
@@ -225,7 +225,7 @@ class CDLM(TemplateLM):
         The masks of a pair are drawn from (seed, its context): the choices of one question are compared on equal
         draws, and no score depends on order, batching or what a cache holds.
         """
-        if self.model.config.mask_token_id is None:
+        if self.model.config.causal:
             family = self.model.config.family
             raise InputError(f"likelihoods are those of masked diffusion models; {family} is autoregressive")
         shapes = defaultdict(list)

@@ -12,8 +12,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from cdlm_jax.config import InputError
+from cdlm_jax.evaluation.harness import Answer
 from cdlm_jax.evaluation.player import FILLER, visible
 from cdlm_jax.evaluation.plots import DPI, GREY, GRID, INK
+from cdlm_jax.tokenizers import Tokenizer
 
 # Inches, the unit of the whole drawing.
 PAGE, MARGIN, TITLE, HEADER, SAMPLE_GAP = 11.5, 0.3, 0.36, 0.36, 0.12
@@ -31,6 +33,12 @@ class Order(NamedTuple):
     finalized_at: Sequence[int]
     forwards: int
     block_size: int
+
+    @classmethod
+    def of(cls, label: str, answer: Answer, tokenizer: Tokenizer, block_size: int) -> "Order":
+        shown = [tokenizer.id_to_token(token) for token in answer.tokens[: answer.length].tolist()]
+        pieces = shown + [""] * (len(answer.tokens) - len(shown))
+        return cls(label, pieces, answer.finalized_at, answer.forwards, block_size)
 
 
 def plot_order(samples: Sequence[Order | tuple], path: str | Path, title: str) -> None:
