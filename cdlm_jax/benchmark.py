@@ -25,8 +25,6 @@ from cdlm_jax.evaluation.harness import (
     Decode,
     Spread,
     Timing,
-    answers,
-    by_group,
     request,
     spread,
     timings,
@@ -35,6 +33,7 @@ from cdlm_jax.evaluation.metrics import Measured
 from cdlm_jax.evaluation.order_plot import Order, plot_order
 from cdlm_jax.evaluation.plots import plot_latency, plot_roofline, plot_throughput, plot_tradeoff
 from cdlm_jax.evaluation.report import benchmark_markdown, benchmark_tables
+from cdlm_jax.generate import answer_all
 from cdlm_jax.model_folder import ModelFolder
 from cdlm_jax.models.hf import fingerprint
 
@@ -51,7 +50,7 @@ class BenchmarkConfig:
     tasks, per_task, data, allow_code_execution: as --task, --num, --data and the last of `cdlm evaluate`.
     gen_length, block_size: 0 takes each model folder's own.
     thresholds: of fast_dllm, cdlm and untrained; no confidence is above 1: there the last two go token by token.
-    caches: of fast_dllm; steps: of truncated; intervals: (prompt_interval, response_interval) of dllm_cache.
+    caches: of fast_dllm; steps: of truncated; prompt_interval, response_interval: of dllm_cache.
     headline_threshold: whose point stands for a series in the throughput sweep, over batch_sizes.
     repetitions: rounds of every timing; latency_problems: problems timed alone; batch_size: of the accuracy runs.
     """
@@ -72,7 +71,8 @@ class BenchmarkConfig:
     headline_threshold: float = 0.9
     caches: tuple[Literal["none", "prefix", "dual"], ...] = ("none", "prefix", "dual")
     steps: tuple[int, ...] = ()
-    intervals: tuple[int, ...] = (50, 7)
+    prompt_interval: int = 50
+    response_interval: int = 7
     batch_sizes: tuple[int, ...] = (1, 2, 4, 8, 16)
     repetitions: int = 5
     latency_problems: int = 16
@@ -84,8 +84,10 @@ class BenchmarkConfig:
                 raise InputError(f"config.{name} must be at least 1, got {getattr(self, name)}")
         if not self.methods or not (self.tasks or self.data):
             raise InputError("config needs at least one of methods, and one of tasks or data")
-        if len(self.intervals) != 2:
-            raise InputError(f"config.intervals must be (prompt_interval, response_interval), got {self.intervals}")
+        swept = {"truncated": "steps", "fast_dllm": "thresholds", "untrained": "thresholds", "cdlm": "thresholds"}
+        for method, knob in [*swept.items(), ("fast_dllm", "caches")]:
+            if method in self.methods and not getattr(self, knob):
+                raise InputError(f"config.{knob} is empty, and {method} needs at least one")
         if not self.batch_sizes or min(self.batch_sizes) < 1:
             raise InputError(f"config.batch_sizes must be positive, got {self.batch_sizes}")
 
@@ -107,14 +109,8 @@ class Method:
 
 def methods(config: BenchmarkConfig) -> list[Method]:
     """The methods asked for, in the order of a table: slow and exact first."""
-    prompt_interval, response_interval = config.intervals
-    untrained, student = [
-        [
-            Method(f"{label}, tau {tau:g}", label, role, Options(decoder="cdlm", threshold=tau), _is(config, tau))
-            for tau in config.thresholds
-        ]
-        for label, role in (("untrained student", "teacher"), ("CDLM", "student"))
-    ]
+    intervals = {name: getattr(config, name) for name in ("prompt_interval", "response_interval")}
+    caches = {"none": "Fast-dLLM", "prefix": "Fast-dLLM prefix cache", "dual": "Fast-dLLM dual cache"}
     found: dict[str, list[Method]] = {
         "naive": [Method(NAIVE, "naive", "teacher", Options(decoder="naive"))],
         "truncated": [
@@ -124,35 +120,38 @@ def methods(config: BenchmarkConfig) -> list[Method]:
         "dream": [Method("dream, entropy", "dream", "teacher", Options(decoder="dream"))],
         "dllm_cache": [
             Method(
-                f"dLLM-Cache, {prompt_interval}/{response_interval}",
+                f"dLLM-Cache, {config.prompt_interval}/{config.response_interval}",
                 "dLLM-Cache",
                 "teacher",
-                Options(decoder="dllm_cache", prompt_interval=prompt_interval, response_interval=response_interval),
+                Options(decoder="dllm_cache", **intervals),
             )
         ],
         "fast_dllm": [
-            Method(
-                f"{series}, tau {tau:g}",
-                series,
-                "teacher",
-                Options(decoder="fast_dllm", cache=cache, threshold=tau),
-                _is(config, tau),
-            )
+            method
             for cache in config.caches
-            for series in [f"Fast-dLLM {cache} cache" if cache != "none" else "Fast-dLLM"]
-            for tau in config.thresholds
+            for method in _swept(config, caches[cache], "teacher", Options(decoder="fast_dllm", cache=cache))
         ],
         "autoregressive": [
             Method("autoregressive", "autoregressive", "autoregressive", Options(decoder="autoregressive"))
         ],
-        "untrained": untrained,
-        "cdlm": student,
+        "untrained": _swept(config, "untrained student", "teacher", Options(decoder="cdlm")),
+        "cdlm": _swept(config, "CDLM", "student", Options(decoder="cdlm")),
     }
     return [method for name in found if name in config.methods for method in found[name]]
 
 
-def _is(config: BenchmarkConfig, tau: float) -> bool:
-    return tau == config.headline_threshold
+def _swept(config: BenchmarkConfig, series: str, role: str, options: Options) -> list[Method]:
+    """One method per threshold."""
+    return [
+        Method(
+            f"{series}, tau {tau:g}",
+            series,
+            role,
+            dataclasses.replace(options, threshold=tau),
+            headline=tau == config.headline_threshold,
+        )
+        for tau in config.thresholds
+    ]
 
 
 # ---- running -------------------------------------------------------------------------------------------------------
@@ -160,12 +159,13 @@ def _is(config: BenchmarkConfig, tau: float) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What all methods share: the cases, how wide prompts are padded, and each role's model folder."""
+    """What all methods share: cases, the width that prompts are padded to, response sizes, and each role's folder."""
 
     config: BenchmarkConfig
     folders: dict[str, ModelFolder]
     cases: list[Case]
     width: int
+    sizes: dict[str, int]
 
     @classmethod
     def load(cls, config: BenchmarkConfig) -> "Setting":
@@ -184,30 +184,30 @@ class Setting:
             count=config.per_task,
             allow_code_execution=config.allow_code_execution,
         )
-        return cls(config, folders, cases, max(len(case.ids) for case in cases))
+        sizes = {name: _size(config, folders, name) for name in ("gen_length", "block_size")}
+        return cls(config, folders, cases, max(len(case.ids) for case in cases), sizes)
 
     def options(self, method: Method) -> Options:
-        """A method's, with the sizes of the configuration or else of its model folder."""
-        sizes = {name: getattr(self.config, name) or None for name in ("gen_length", "block_size")}
-        return dataclasses.replace(method.options, **sizes).resolve(self.folders[method.role].metadata)
+        return method.options.resolve(self.folders[method.role].metadata | self.sizes)
 
     def decode(self, method: Method) -> Decode:
         return partial(self.options(method).bind(), self.folders[method.role].model)
 
     def answer(self, method: Method, console: Console) -> list[Answer]:
-        folder, config = self.folders[method.role], self.config
-        found = answers(
-            self.decode(method),
-            folder.model.config,
-            folder.tokenizer,
-            self.cases,
-            batch_size=config.batch_size,
-            width=self.width,
-            seed=config.seed,
-        )
+        options = dataclasses.replace(self.options(method), seed=self.config.seed)
+        found = answer_all(self.folders[method.role], self.cases, options, self.config.batch_size)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         with Progress(*columns, console=console) as progress:
             return list(progress.track(found, total=len(self.cases), description=f"{method.name:32}"))
+
+
+def _size(config: BenchmarkConfig, folders: dict[str, ModelFolder], name: str) -> int:
+    """The configuration's, or else what the folders that name one agree on: answers are compared at one length."""
+    found = {role: folder.metadata[name] for role, folder in folders.items() if name in folder.metadata}
+    if not getattr(config, name) and len(set(found.values())) > 1:
+        sizes = ", ".join(f"{role} {size}" for role, size in found.items())
+        raise InputError(f"the models were made for different {name}s ({sizes}): set config.{name}")
+    return getattr(config, name) or next(iter(found.values()), {"gen_length": 256, "block_size": 32}[name])
 
 
 def benchmark(config: BenchmarkConfig, console: Console) -> list[Measured]:
@@ -231,20 +231,10 @@ def benchmark(config: BenchmarkConfig, console: Console) -> list[Measured]:
     results, samples = [], []
     for method in chosen:
         found = setting.answer(method, console)
-        results.append(
-            Measured(
-                name=method.name,
-                series=method.series,
-                settings={k: v for k, v in dataclasses.asdict(method.options).items() if v is not None},
-                scores=by_group(found),
-                compile_seconds=latency[method.name].compile,
-                latency_ms=tuple(1000 * value for value in spread(latency[method.name].calls)),
-                throughput=throughput.get(method.name, {}),
-            )
-        )
+        name, options = method.name, setting.options(method)
+        results.append(Measured.of(name, method.series, options, found, latency[name], throughput.get(name)))
         if method.headline:
-            tokenizer, block_size = setting.folders[method.role].tokenizer, setting.options(method).block_size
-            samples.append(Order.of(method.name, found[0], tokenizer, block_size))
+            samples.append(Order.of(name, found[0], setting.folders[method.role].tokenizer, options.block_size))
     _write(setting, chosen[0], results, samples, console)
     return results
 
@@ -304,12 +294,12 @@ def _write(
     plot_tradeoff(results, folder / "tradeoff.png")
     plot_latency(results, folder / "latency.png")
     plot_throughput(results, folder / "throughput.png")
-    model, options = setting.folders[first.role].model, setting.options(first)
+    model = setting.folders[first.role].model
     plot_roofline(
         model.config,
         folder / "roofline.png",
-        context=setting.width + options.gen_length,
-        block_size=options.block_size,
+        context=setting.width + setting.sizes["gen_length"],
+        block_size=setting.sizes["block_size"],
         itemsize=model.embed[...].dtype.itemsize,
         device=jax.devices()[0].device_kind,
     )

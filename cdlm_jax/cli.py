@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from cdlm_jax.config import InputError, build
 
@@ -80,10 +80,15 @@ def _parse(command: str, define: Callable[[flags.FlagValues], None], arguments: 
         path = argument.removeprefix("--config=").partition(":")[0]
         if argument.startswith("--config=") and not Path(path).is_file():
             raise InputError(f"no config file at {path}")
+    plain = [argument for argument in arguments if not argument.startswith("--config.")]
     try:
+        if plain != arguments:
+            _check_overrides(_parse(command, define, plain[1:]), arguments)
         with _program_arguments(arguments):
             define(values)  # a config file that is the default is read here
             rest = values(arguments)[1:]
+    except InputError:
+        raise
     except Exception as error:  # a config file is a program, and can raise anything
         kind = "" if isinstance(error, flags.Error) else f"{type(error).__name__}: "
         file = next((f"{a.removeprefix('--config=')}: " for a in arguments if a.startswith("--config=")), "")
@@ -91,6 +96,19 @@ def _parse(command: str, define: Callable[[flags.FlagValues], None], arguments: 
     if rest:
         raise InputError(f"unexpected argument {rest[0]!r}; flags are given as --name=value")
     return values
+
+
+def _check_overrides(values: flags.FlagValues, arguments: list[str]) -> None:
+    """Name an override of a key that the config file does not have."""
+    for argument in arguments:
+        if not argument.startswith("--config.") or "config" not in values:
+            continue
+        section, path = values.config, argument.partition("=")[0].removeprefix("--")
+        for name in path.split(".")[1:]:
+            if not isinstance(section, ConfigDict) or name not in section:
+                allowed = f"; allowed: {', '.join(section)}" if isinstance(section, ConfigDict) else ""
+                raise InputError(f"unknown config key {path}{allowed}")
+            section = section[name]
 
 
 def _underscored(argument: str) -> str:
@@ -148,10 +166,16 @@ def _model_flags(values: flags.FlagValues) -> None:
     number("steps", None, "Forwards in all (naive, dream, fast_dllm, dllm_cache).", lower_bound=1, flag_values=values)
     real("factor", None, "Fast-dLLM's factor rule.", flag_values=values)
     text("cache", None, "Of fast_dllm: none, prefix or dual.", flag_values=values)
+    text("remasking", None, "Of naive: low_confidence or random.", flag_values=values)
+    real("cfg_scale", None, "Of naive: classifier-free guidance.", flag_values=values)
     text("algorithm", None, "Of dream: origin, maskgit_plus, topk_margin or entropy.", flag_values=values)
+    real("alg_temp", None, "Of dream: above 0, positions are drawn.", flag_values=values)
     number("prompt_interval", None, "Of dllm_cache: K_p.", lower_bound=1, flag_values=values)
     number("response_interval", None, "Of dllm_cache: K_r.", lower_bound=1, flag_values=values)
+    real("update_ratio", None, "Of dllm_cache: rho.", flag_values=values)
     real("temperature", 0.0, "0 is greedy.", flag_values=values)
+    real("top_p", None, "Of dream and autoregressive: nucleus sampling.", flag_values=values)
+    number("top_k", None, "Of dream and autoregressive: the k most probable.", lower_bound=1, flag_values=values)
     number("seed", 0, "Of sampling.", lower_bound=0, upper_bound=2**32 - 1, flag_values=values)
     number("batch_size", 16, "Prompts decoded together.", lower_bound=1, flag_values=values)
 

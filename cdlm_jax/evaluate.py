@@ -14,7 +14,7 @@ from cdlm_jax.evaluation.harness import Case, Score, by_group, heldout_problems,
 from cdlm_jax.generate import answer_all
 from cdlm_jax.model_folder import ModelFolder
 from cdlm_jax.tasks import real_data
-from cdlm_jax.tasks.benchmark import CodeBenchmark
+from cdlm_jax.tasks.public import CodeBenchmark
 from cdlm_jax.tokenizers import Tokenizer
 
 PER_TASK = 512

@@ -98,7 +98,7 @@ def show_steps(folder: ModelFolder, answer: Answer, options: Options, console: C
         pieces,
         answer.finalized_at,
         block_size=options.block_size,
-        label=f"{options.decoder}, block size {options.block_size}",
+        label=options.decoder + (f", block size {options.block_size}" if options.block_size else ""),
         console=console,
         forwards=answer.forwards,
     )

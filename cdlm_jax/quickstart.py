@@ -9,25 +9,24 @@ from rich.console import Console
 
 from cdlm_jax import recipe as stages
 from cdlm_jax.config import InputError
-from cdlm_jax.decoding.unmask import Threshold
+from cdlm_jax.decoding.options import Options
 from cdlm_jax.evaluation.harness import (
     Answer,
     Decode,
     Score,
     answers,
-    by_group,
     heldout_problems,
     problem_cases,
     request,
-    spread,
     timings,
 )
+from cdlm_jax.evaluation.metrics import Measured
 from cdlm_jax.evaluation.order_plot import Order, plot_order
 from cdlm_jax.evaluation.player import play
 from cdlm_jax.evaluation.plots import plot_accuracy
-from cdlm_jax.evaluation.report import MethodResult, markdown, table, task_table
+from cdlm_jax.evaluation.report import accuracy_table, comparison_table
 from cdlm_jax.model_folder import ModelFolder
-from cdlm_jax.recipe import Recipe, student_decoder, teacher_decoder
+from cdlm_jax.recipe import Recipe
 
 TEACHER = "teacher, 1 token per step"
 STUDENT = "CDLM, tau 0.9"
@@ -82,7 +81,7 @@ def quickstart(recipe: Recipe, *, from_scratch: bool, console: Console) -> None:
 
 def report(
     recipe: Recipe, teacher: ModelFolder, student: ModelFolder, console: Console
-) -> tuple[list[MethodResult], tuple[str, Order]]:
+) -> tuple[list[Measured], tuple[str, Order]]:
     """Measure every method on the same held-out problems; print the tables, write the plots.
 
     Returns the results, and one prompt with the order in which the student answered it.
@@ -94,54 +93,39 @@ def report(
     def evaluate(decode: Decode) -> list[Answer]:
         return list(answers(decode, config, encoder.tokenizer, cases, batch_size=64, width=width))
 
-    def student_at(tau: float) -> Decode:
-        return partial(student_decoder(recipe, tau), student.model)
-
+    sizes = {"gen_length": recipe.gen_length, "block_size": recipe.block_size}
+    naive, cdlm = (partial(Options, decoder=decoder, **sizes) for decoder in ("naive", "cdlm"))
     # The truncated teacher gets the student's own budget of forwards, in whole steps per block.
     blocks = recipe.gen_length // recipe.block_size
-    answered = {STUDENT: evaluate(student_at(0.9))}
+    answered = {STUDENT: evaluate(partial(cdlm(threshold=0.9).bind(), student.model))}
     budget = Score.of(answered[STUDENT]).forwards
     steps = blocks * min(recipe.block_size // 2, max(1, round(budget / blocks)))
-    methods: dict[str, tuple[str, Decode]] = {
-        TEACHER: ("teacher", partial(teacher_decoder(recipe), teacher.model)),
-        f"teacher, {2 * steps} steps": ("teacher", partial(teacher_decoder(recipe, steps=2 * steps), teacher.model)),
-        f"teacher, {steps} steps": ("teacher", partial(teacher_decoder(recipe, steps=steps), teacher.model)),
-        "teacher, threshold 0.9": ("", partial(teacher_decoder(recipe, unmask=Threshold(0.9)), teacher.model)),
-        "untrained student, tau 0.9": ("", partial(student_decoder(recipe, 0.9), teacher.model)),
-        "CDLM, tau 0.95": ("CDLM", student_at(0.95)),
-        STUDENT: ("CDLM", student_at(0.9)),
-        "CDLM, tau 0.7": ("CDLM", student_at(0.7)),
-    }
+    methods = [  # name, series, model, how it decodes
+        (TEACHER, "teacher", teacher.model, naive()),
+        (f"teacher, {2 * steps} steps", "teacher", teacher.model, naive(steps=2 * steps)),
+        (f"teacher, {steps} steps", "teacher", teacher.model, naive(steps=steps)),
+        ("teacher, threshold 0.9", "teacher, threshold", teacher.model, naive(threshold=0.9)),
+        ("untrained student, tau 0.9", "untrained student", teacher.model, cdlm(threshold=0.9)),
+        ("CDLM, tau 0.95", "CDLM", student.model, cdlm(threshold=0.95)),
+        (STUDENT, "CDLM", student.model, cdlm(threshold=0.9)),
+        ("CDLM, tau 0.7", "CDLM", student.model, cdlm(threshold=0.7)),
+    ]
+    decoders = {name: partial(options.bind(), model) for name, _, model, options in methods}
     with console.status("latency, one sequence at a time"):
         timed = cases[:: max(1, len(cases) // LATENCY_PROBLEMS)]
-        requests = [request([case], width, config.pad_token_id) for case in timed]
-        seconds = timings({name: decode for name, (_, decode) in methods.items()}, requests)
+        timing = timings(decoders, [request([case], width, config.pad_token_id) for case in timed])
     results = []
-    for name, (series, decode) in methods.items():
+    for name, series, _, options in methods:
         if name not in answered:
             with console.status(f"{name}: {len(cases)} problems"):
-                answered[name] = evaluate(decode)
-        found = answered[name]
-        score = Score.of(found)
-        median, low, high = (1000 * value for value in spread(seconds[name].calls))
-        results.append(
-            MethodResult(
-                name=name,
-                accuracy=score.accuracy,
-                problems=len(cases),
-                forwards=score.forwards,
-                tokens_per_forward=score.tokens_per_forward,
-                latency_ms=median,
-                latency_spread=(low, high),
-                per_task={name: score.accuracy for name, score in by_group(found).items()},
-                series=series,
-            )
-        )
+                answered[name] = evaluate(decoders[name])
+        results.append(Measured.of(name, series, options, answered[name], timing[name]))
     folder = recipe.folder / "report"
     folder.mkdir(parents=True, exist_ok=True)
-    console.print(table(results, TEACHER))
-    console.print(task_table(results))
-    (folder / "results.md").write_text(markdown(results, TEACHER))
+    sheets = [comparison_table(results, None, TEACHER), accuracy_table(results)]
+    for sheet in sheets:
+        console.print(sheet.rich())
+    (folder / "results.md").write_text("\n".join(sheet.markdown() for sheet in sheets))
     plot_accuracy(results, folder / "accuracy.png", "Held-out accuracy against forward passes")
     orders = [Order.of(name, answered[name][0], encoder.tokenizer, recipe.block_size) for name in (TEACHER, STUDENT)]
     prompt = cases[0].text

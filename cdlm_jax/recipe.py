@@ -11,20 +11,19 @@ from flax import nnx
 from cdlm_jax import tasks
 from cdlm_jax.config import InputError, ModelConfig
 from cdlm_jax.data import Encoder, ProblemMixture, problem_batches
-from cdlm_jax.decoding import autoregressive, cdlm, naive
 from cdlm_jax.decoding.common import check_blocks
-from cdlm_jax.decoding.unmask import Threshold
+from cdlm_jax.decoding.options import Options
 from cdlm_jax.evaluation.harness import Score, answers, by_group, heldout_problems, problem_cases
 from cdlm_jax.model_folder import ModelFolder
 from cdlm_jax.models.hf import fingerprint
 from cdlm_jax.models.lora import merge
 from cdlm_jax.models.transformer import Transformer
 from cdlm_jax.tokenizers import Tokenizer
-from cdlm_jax.training import causal
+from cdlm_jax.training import causal, denoising
 from cdlm_jax.training import distill as distillation
-from cdlm_jax.training import teacher as pretraining
 from cdlm_jax.training.loop import train
 from cdlm_jax.training.optimizer import make_optimizer
+from cdlm_jax.training.pretrain import PretrainConfig
 from cdlm_jax.training.step import TrainState, make_train_step
 from cdlm_jax.trajectories.collect import CollectConfig
 from cdlm_jax.trajectories.collect import collect as collect_trajectories
@@ -62,7 +61,7 @@ class Recipe:
     init: str = ""
     heldout_per_task: int = 128
     model: ModelShape
-    pretrain: pretraining.PretrainConfig
+    pretrain: PretrainConfig
     collect: CollectConfig
     distill: distillation.DistillConfig
 
@@ -101,15 +100,16 @@ def pretrain(recipe: Recipe) -> ModelFolder:
     """Train a bidirectional teacher on the mixture, or a causal model: writes `work/teacher`, `work/autoregressive`."""
     config = recipe.pretrain
     start = ModelFolder.load(recipe.init) if recipe.init else untrained(recipe)
+    if start.model.config.causal != (config.role == "autoregressive"):
+        kind = "causal" if start.model.config.causal else "bidirectional"
+        raise InputError(
+            f"config.init {recipe.init} is a {kind} model, which objective {config.objective} cannot train"
+        )
     encoder = start.encoder(recipe.prompt_length, recipe.gen_length)
     settings = recipe.settings("model", "pretrain") | {"init": fingerprint(start.model) if recipe.init else ""}
     graphdef, trainable, rest = nnx.split(start.model, nnx.Param, ...)
     optimizer = make_optimizer(config.optimizer, config.steps)
-    if config.objective == "autoregressive":
-        role, loss_fn, decoder = "autoregressive", causal.make_loss(graphdef), autoregressive_decoder(recipe)
-    else:
-        loss_fn = pretraining.make_loss(graphdef, config)
-        role, decoder = "teacher", teacher_decoder(recipe)
+    loss_fn = denoising.make_loss(graphdef, config) if config.role == "teacher" else causal.make_loss(graphdef)
     mixture = recipe.problems("train", config.steps * config.batch_size, stream=0)
     state = train(
         make_train_step(loss_fn, optimizer, seed=recipe.seed, ema_decay=config.ema_decay),
@@ -119,11 +119,11 @@ def pretrain(recipe: Recipe) -> ModelFolder:
         config,
         folder=recipe.folder / "pretrain",
         settings=settings,
-        label=role,
-        evaluate=_heldout(recipe, encoder, partial(_merged, graphdef, rest), decoder),
+        label=config.role,
+        evaluate=_heldout(recipe, encoder, partial(_merged, graphdef, rest), config.role),
     )
-    trained = ModelFolder(_merged(graphdef, rest, state), start.tokenizer, recipe.metadata(role))
-    trained.save(recipe.folder / role, replace=True)
+    trained = ModelFolder(_merged(graphdef, rest, state), start.tokenizer, recipe.metadata(config.role))
+    trained.save(recipe.folder / config.role, replace=True)
     return trained
 
 
@@ -131,7 +131,7 @@ def untrained(recipe: Recipe) -> ModelFolder:
     """A character model of the recipe's shape with random weights."""
     tokenizer = Tokenizer.characters(tasks.CHARACTERS)
     eos = tokenizer.token_to_id("<eos>")
-    if recipe.pretrain.objective == "autoregressive":
+    if recipe.pretrain.role == "autoregressive":
         kind = {"family": "llama", "logit_alignment": "shifted", "mask_token_id": None}
     else:
         kind = {"mask_token_id": tokenizer.token_to_id("<mask>")}
@@ -143,7 +143,9 @@ def untrained(recipe: Recipe) -> ModelFolder:
         **kind,
         **dataclasses.asdict(recipe.model),
     )
-    return ModelFolder(Transformer(config, rngs=nnx.Rngs(recipe.seed)), tokenizer, recipe.metadata("teacher"))
+    return ModelFolder(
+        Transformer(config, rngs=nnx.Rngs(recipe.seed)), tokenizer, recipe.metadata(recipe.pretrain.role)
+    )
 
 
 def collect(recipe: Recipe) -> None:
@@ -190,7 +192,7 @@ def distill(recipe: Recipe) -> ModelFolder:
         folder=recipe.folder / "distill",
         settings=recipe.settings("distill") | {"trajectories": dataclasses.asdict(trajectories.metadata)},
         label="student",
-        evaluate=_heldout(recipe, encoder, partial(_merged, graphdef, frozen.student), student_decoder(recipe)),
+        evaluate=_heldout(recipe, encoder, partial(_merged, graphdef, frozen.student), "student"),
     )
     student = merge(_merged(graphdef, frozen.student, state))
     student = jax.tree.map(lambda x, like: x.astype(like.dtype), student, teacher.model)
@@ -199,36 +201,16 @@ def distill(recipe: Recipe) -> ModelFolder:
     return folder
 
 
-def teacher_decoder(recipe: Recipe, **options) -> Callable:
-    """decode(model, prompts, lengths, keys): the teacher's, one token per step, or by `options` of naive.Config."""
-    config = naive.Config(gen_length=recipe.gen_length, block_size=recipe.block_size, **options)
-    return partial(_decode, naive.generate, config)
-
-
-def student_decoder(recipe: Recipe, tau: float = 0.9) -> Callable:
-    """decode(model, prompts, lengths, keys): the student's, against the exact cache."""
-    config = cdlm.Config(gen_length=recipe.gen_length, block_size=recipe.block_size, unmask=Threshold(tau))
-    return partial(_decode, cdlm.generate, config)
-
-
-def autoregressive_decoder(recipe: Recipe) -> Callable:
-    """decode(model, prompts, lengths, keys): a causal model's, greedy."""
-    return partial(_decode, autoregressive.generate, autoregressive.Config(gen_length=recipe.gen_length))
-
-
-def _decode(generate, config, model, prompts, prompt_lengths, keys):
-    return generate(model, prompts, prompt_lengths, config, keys)
-
-
 def _merged(graphdef: nnx.GraphDef, rest: nnx.State, state: TrainState) -> Transformer:
     return nnx.merge(graphdef, state.evaluated, rest)
 
 
-def _heldout(recipe: Recipe, encoder: Encoder, model_of: Callable, decode: Callable) -> Callable | None:
+def _heldout(recipe: Recipe, encoder: Encoder, model_of: Callable, role: str) -> Callable | None:
     """The periodic evaluation of a training loop: accuracy per task and mean forwards on held-out problems."""
     if recipe.heldout_per_task == 0:
         return None
     cases = problem_cases(encoder.tokenizer, heldout_problems(list(recipe.tasks), recipe.heldout_per_task))
+    decode = Options().resolve(recipe.metadata(role)).bind()
 
     def evaluate_state(state: TrainState) -> dict[str, float]:
         model, width = model_of(state), recipe.prompt_length

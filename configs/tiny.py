@@ -59,7 +59,6 @@ def get_config(variant: str = "full") -> ConfigDict:
         "steps": 7500,
         "batch_size": 64,
         "ema_decay": 0.995,
-        "filler_weight": 1.0,
         "checkpoint_every": 500,
         "evaluate_every": 0,
         "log_every": 20,
@@ -70,7 +69,7 @@ def get_config(variant: str = "full") -> ConfigDict:
             "warmup_fraction": 0.02,
             "weight_decay": 0.0,
         },
-        "noise": {"curriculum": 0.2, "first_t_max": 0.3, "min_t": 0.02},
+        "noise": {"curriculum": 0.2, "first_t_max": 0.3, "min_t": 0.02, "weighting": "likelihood"},
     }
     config.collect = {"num_prompts": 2048, "temperatures": (0.0, 0.5), "batch_size": 64, "shard_size": 512}
     config.distill = {

@@ -49,7 +49,8 @@ def make(models, work, **changes):
         "thresholds": (0.9, 0.5),
         "caches": ("dual",),
         "steps": (2,),
-        "intervals": (4, 2),
+        "prompt_interval": 4,
+        "response_interval": 2,
         "batch_sizes": (1, 2),
         "repetitions": 2,
         "latency_problems": 2,
@@ -141,13 +142,29 @@ def test_methods_without_a_model_are_left_out(models, tmp_path):
         ({"per_task": 0}, "config.per_task must be at least 1, got 0"),
         ({"methods": ()}, "config needs at least one of methods, .*"),
         ({"tasks": ()}, "config needs at least one of methods, .*"),
-        ({"intervals": (3,)}, r"config.intervals must be \(prompt_interval, response_interval\), got \(3,\)"),
+        ({"thresholds": ()}, "config.thresholds is empty, and fast_dllm needs at least one"),
+        ({"steps": ()}, "config.steps is empty, and truncated needs at least one"),
+        ({"caches": ()}, "config.caches is empty, and fast_dllm needs at least one"),
         ({"batch_sizes": (1, 0)}, r"config.batch_sizes must be positive, got \(1, 0\)"),
     ],
 )
 def test_refused_settings(changes, message):
     with pytest.raises(InputError, match=f"^{message}$"):
         make({}, "work", **changes)
+
+
+def test_answers_are_compared_at_one_length(models, tmp_path):
+    teacher = tiny_folder(0)
+    longer = dataclasses.replace(teacher, metadata=teacher.metadata | {"role": "student", "gen_length": 32})
+    longer.save(tmp_path / "longer")
+    config = make(models | {"student": str(tmp_path / "longer")}, tmp_path, gen_length=0, block_size=0)
+    with pytest.raises(InputError, match="^the models were made for different gen_lengths .*student 32.*: set config"):
+        Setting.load(config)
+    setting = Setting.load(dataclasses.replace(config, gen_length=16))
+    assert setting.sizes == {"gen_length": 16, "block_size": teacher.metadata["block_size"]}
+    options = {method.name: setting.options(method) for method in methods(config)}
+    assert {option.gen_length for option in options.values()} == {16}
+    assert options["dream, entropy"].block_size is None
 
 
 def test_models_of_different_alphabets_are_refused(models, tmp_path):

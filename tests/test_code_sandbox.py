@@ -15,7 +15,7 @@ import pytest
 from cdlm_jax.config import InputError
 from cdlm_jax.evaluation import code_sandbox
 from cdlm_jax.evaluation.code_sandbox import LAYERS, Isolation, Limits, isolation, passes, run
-from cdlm_jax.tasks.benchmark import Program
+from cdlm_jax.tasks.public import Program
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the layers are Linux's")
 QUICK = Limits(seconds=2.0, memory_bytes=256 << 20)
@@ -652,7 +652,7 @@ def test_where_namespaces_are_refused_the_others_hold():
     """In a user namespace that may have no further ones."""
     script = (
         "from cdlm_jax.evaluation.code_sandbox import isolation, run\n"
-        "from cdlm_jax.tasks.benchmark import Program\n"
+        "from cdlm_jax.tasks.public import Program\n"
         "print(sorted(isolation().layers))"
     )
     shell = f'echo 0 > /proc/sys/user/max_user_namespaces && exec "{sys.executable}" -c "$0"'

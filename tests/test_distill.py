@@ -19,8 +19,7 @@ from test_collect import BLOCK as STORE_BLOCK
 from test_collect import LENGTH as STORE_LENGTH
 from test_collect import MODEL as STORE_TEACHER
 from test_collect import fill
-from test_store import METADATA, make_record, write_missing
-from test_teacher import (
+from test_denoising import (
     ALIGNMENTS,
     CONFIG,
     LENGTH,
@@ -31,6 +30,7 @@ from test_teacher import (
     random_prompts,
     wide,
 )
+from test_store import METADATA, make_record, write_missing
 from test_vocab import largest_array, log_softmax
 
 from cdlm_jax.config import InputError

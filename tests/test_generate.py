@@ -117,17 +117,20 @@ def test_the_folder_says_how_it_is_decoded():
     assert Options().resolve(tiny_folder().metadata).decoder == "naive"
     assert Options().resolve({}) == Options(decoder="naive", gen_length=256, block_size=32)
     assert Options().resolve({}, causal=True).decoder == "autoregressive"
+    assert Options(decoder="dream").resolve({"block_size": 16}).block_size is None  # it has no blocks
+    with pytest.raises(InputError, match="^block_size is no option of the dream decoder, allowed: "):
+        Options(decoder="dream", block_size=16).resolve({})
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
 def test_options_reach_every_decoder(decoder, monkeypatch):
     """By the names of its own Config; the others are refused by name."""
     options = {
-        "naive": {"steps": 32},
-        "dream": {"steps": 7, "algorithm": "topk_margin"},
+        "naive": {"steps": 32, "remasking": "random", "cfg_scale": 0.5},
+        "dream": {"steps": 7, "algorithm": "topk_margin", "alg_temp": 0.2, "top_p": 0.9, "top_k": 3},
         "fast_dllm": {"threshold": 0.25, "cache": "dual"},
-        "dllm_cache": {"prompt_interval": 3, "response_interval": 2},
-        "autoregressive": {"temperature": 0.5},
+        "dllm_cache": {"prompt_interval": 3, "response_interval": 2, "update_ratio": 0.5},
+        "autoregressive": {"temperature": 0.5, "top_p": 0.9, "top_k": 3},
         "cdlm": {"temperature": 0.5},
     }[decoder]
     seen = Mock()

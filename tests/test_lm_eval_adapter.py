@@ -316,9 +316,12 @@ def test_an_autoregressive_model_generates_and_has_no_bound(tmp_path):
         lm.loglikelihood([scoring("1+1=", "2")], disable_tqdm=True)
 
 
-def test_refuses_to_guide_generation():
-    with pytest.raises(InputError, match="cfg_scale 0.5 is for likelihoods"):
-        CDLM("shipped", cfg_scale=0.5).generate_until([generation("1+1=")])
+def test_guides_generation_where_the_decoder_can():
+    lm = CDLM("shipped", cfg_scale=0.5)
+    assert lm.options.cfg_scale == 0.5
+    assert lm.generate_until([generation("1+1=")], disable_tqdm=True)[0].isprintable()
+    with pytest.raises(InputError, match="^cfg_scale 0.5: this task generates, and fast_dllm does not guide; naive"):
+        CDLM("shipped", decoder="fast_dllm", cfg_scale=0.5).generate_until([generation("1+1=")])
 
 
 def test_takes_what_the_harness_gives_to_every_model():

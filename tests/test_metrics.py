@@ -156,6 +156,17 @@ def test_results_go_to_json():
     assert read["throughput"] == {"16": [9.0, 8.0, 10.0]} and read["latency_ms"] == [3.0, 2.0, 4.0]
 
 
+def test_bad_results_are_refused():
+    for bad, message in (
+        (score(99, 2), "accuracy of 'x' must be in 0..1, got 99"),
+        (Score(1, 1.0, 0.0, 9.0, 9.0), "forwards of 'x' must be positive, got 0"),
+    ):
+        with pytest.raises(InputError, match=message):
+            measured("x", {"chain": score(0.5, 2), "sort": bad})
+    with pytest.raises(InputError, match="latency_ms of 'x' must be positive, got 0"):
+        measured("x", {}, latency_ms=(0.0, 0.0, 0.0))
+
+
 # ---- arithmetic intensity ------------------------------------------------------------------------------------------
 
 

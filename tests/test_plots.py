@@ -13,7 +13,7 @@ from test_report import MANY, TEACHER, result
 
 from cdlm_jax.config import InputError
 from cdlm_jax.evaluation import plots
-from cdlm_jax.evaluation.metrics import PEAKS, decoding_work, series_aup
+from cdlm_jax.evaluation.metrics import PEAKS, decoding_work, overall, series_aup
 
 
 def drawn(plot, *args, **kwargs) -> Figure:
@@ -52,7 +52,9 @@ def legend_texts(figure: Figure) -> list[str]:
 def test_every_method_has_its_point_and_a_series_one_line():
     axes = drawn(plots.plot_accuracy, MANY, "-", "title").axes[0]
     lines = [[tuple(point) for point in line.get_xydata()] for line in axes.lines]
-    assert sorted(point for line in lines for point in line) == sorted((r.forwards, 100 * r.accuracy) for r in MANY)
+    points = sorted(point for line in lines for point in line)
+    assert points == sorted((s.forwards, 100 * s.accuracy) for s in (overall(r.scores.values()) for r in MANY))
+    assert points[-1] == pytest.approx((48, 99))  # the teacher: all its groups as one
     assert sorted(len(line) for line in lines) == [1, 1, 3, 4]
     assert all(line == sorted(line) for line in lines)
     assert axes.get_xscale() == "log"
@@ -281,7 +283,7 @@ def test_nothing_to_plot_is_refused():
             plot(results, "never-written.png")
     with pytest.raises(InputError, match="'y' was scored on sort, but 'x' on chain"):
         plots.plot_tradeoff([*untimed, measured("y", {"sort": score(0.5, 2)})], "never-written.png")
-    with pytest.raises(InputError, match="nothing to plot"):
+    with pytest.raises(InputError, match="no results to compare"):
         plots.plot_accuracy([], "never-written.png", "t")
 
 

@@ -227,17 +227,20 @@ def test_quickstart(tmp_path):
     printed = (tmp_path / "printed.txt").read_text()
     work = tmp_path / "run" / "from_scratch"
     folder = work / "report"
+    written = (folder / "results.md").read_text()
     assert {path.name for path in folder.iterdir()} == {"results.json", "results.md", "accuracy.png", "order.png"}
     summary = json.loads((folder / "results.json").read_text())
     assert list(summary["seconds"]) == ["teacher", "trajectories", "student", "report"]
     assert len(summary["results"]) == 8
     for result in summary["results"]:
-        assert result["problems"] == 3
-        assert result["per_task"] == {"chain": result["accuracy"]}
-        low, high = result["latency_spread"]
-        assert 0 < low <= result["latency_ms"] <= high
-        assert result["name"] in (folder / "results.md").read_text()
-    assert summary["results"][0]["forwards"] == GEN_LENGTH
+        assert list(result["scores"]) == ["chain"]
+        assert result["scores"]["chain"]["problems"] == 3
+        median, low, high = result["latency_ms"]
+        assert 0 < low <= median <= high
+        accuracy = f"{100 * result['scores']['chain']['accuracy']:.1f} %"
+        assert f"| {result['name']} | {accuracy} | {accuracy} |\n" in written
+    assert summary["results"][0]["scores"]["chain"]["forwards"] == GEN_LENGTH
+    assert "| method | accuracy | forwards | tokens/forward | latency | speed-up |\n" in written
     assert all((folder / name).read_bytes().startswith(b"\x89PNG") for name in ("accuracy.png", "order.png"))
     assert "\nforward " in printed
     assert f"cdlm generate --model={work / 'student'}" in printed.replace("\n", "")

@@ -2,7 +2,6 @@
 
 import dataclasses
 import io
-import json
 
 import pytest
 from rich.console import Console
@@ -11,33 +10,30 @@ from test_metrics import measured
 from cdlm_jax.config import InputError
 from cdlm_jax.evaluation import report
 from cdlm_jax.evaluation.harness import Score
-from cdlm_jax.evaluation.report import MethodResult
+from cdlm_jax.evaluation.metrics import Measured
 
 
-def result(name, accuracy, forwards, latency, **more) -> MethodResult:
-    return MethodResult(
-        name=name,
-        accuracy=accuracy,
-        problems=512,
-        forwards=forwards,
-        tokens_per_forward=28.3 / forwards,
-        latency_ms=latency,
-        **more,
-    )
+def result(name, accuracy, forwards, latency, series="") -> Measured:
+    """Of two groups, one answered half a percent better than `accuracy` and one worse."""
+    scores = {
+        group: Score(256, accuracy + better, forwards, 28.3, 28.3 / forwards)
+        for group, better in (("chain", 0.005), ("sort", -0.005))
+    }
+    return measured(name, scores, series, latency_ms=(latency, 0.9 * latency, 1.1 * latency))
 
 
-TEACHER = result("teacher", 0.99, 48, 151.2, series="teacher", latency_spread=(144.4, 166.0))
-STUDENT = result("CDLM, tau 0.9", 0.986, 4.03, 7.5, series="CDLM", note="a|b", per_task={"chain": 1.0, "sort": 0.5})
+TEACHER = result("teacher", 0.99, 48, 151.2, "teacher")
+STUDENT = result("CDLM, tau 0.9", 0.986, 4.03, 7.5, "CDLM")
 MANY = [
     TEACHER,
-    result("teacher, 24 forwards", 0.975, 24, 75, series="teacher"),
-    result("teacher, 12 forwards", 0.84, 12, 38, series="teacher"),
-    result("teacher, 6 forwards", 0.55, 6, 19.4, series="teacher"),
+    result("teacher, 24 forwards", 0.975, 24, 75, "teacher"),
+    result("teacher, 12 forwards", 0.84, 12, 38, "teacher"),
+    result("teacher, 6 forwards", 0.55, 6, 19.4, "teacher"),
     result("teacher, threshold 0.9", 0.988, 4.03, 13.2),
     result("untrained student, tau 0.9", 0.83, 5.2, 10),
-    result("CDLM, tau 0.95", 0.99, 4.5, 8.1, series="CDLM"),
+    result("CDLM, tau 0.95", 0.99, 4.5, 8.1, "CDLM"),
     STUDENT,
-    result("CDLM, tau 0.7", 0.969, 3.3, 6.3, series="CDLM"),
+    result("CDLM, tau 0.7", 0.969, 3.3, 6.3, "CDLM"),
 ]
 
 
@@ -46,59 +42,6 @@ def printed(table) -> str:
     Console(file=out, width=160).print(table)
     return out.getvalue()
 
-
-# ---- quickstart ----------------------------------------------------------------------------------------------------
-
-
-def test_markdown_in_full():
-    assert report.markdown([TEACHER, STUDENT], "teacher") == (
-        "| method | accuracy | forwards | tokens/forward | latency | speed-up | note |\n"
-        "| --- | ---: | ---: | ---: | ---: | ---: | --- |\n"
-        "| teacher | 99.0 % | 48.00 | 0.59 | 151 ms (144-166) | 1.0x |  |\n"
-        "| CDLM, tau 0.9 | 98.6 % | 4.03 | 7.02 | 7.50 ms | 20.2x | a\\|b |\n"
-        "\n"
-        "512 problems; latency of one sequence alone (median); speed-up against teacher\n"
-        "\n"
-        "| method | chain | sort |\n"
-        "| --- | ---: | ---: |\n"
-        "| teacher |  |  |\n"
-        "| CDLM, tau 0.9 | 100.0 % | 50.0 % |\n"
-    )
-
-
-def test_the_terminal_table_says_the_same():
-    lines = printed(report.table(MANY, "teacher")).splitlines()
-    content = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines if line.startswith("│")]
-    expected = report.markdown(MANY, "teacher").replace("\\|", "\0").splitlines()[2 : 2 + len(MANY)]
-    assert content == [[cell.strip().replace("\0", "|") for cell in line.split("|")[1:-1]] for line in expected]
-    assert "speed-up against teacher" in lines[-1]
-
-
-def test_the_note_column_and_the_task_table_appear_only_if_filled():
-    assert "note" not in report.markdown([TEACHER], "teacher")
-    assert report.task_table([TEACHER]) is None
-    assert "50.0 %" in printed(report.task_table([TEACHER, STUDENT]))
-
-
-def test_names_are_not_markup():
-    odd = dataclasses.replace(TEACHER, name="[bold]x[/]")
-    assert "[bold]x[/]" in printed(report.table([odd], odd.name))
-
-
-def test_results_go_to_json():
-    assert json.loads(json.dumps(dataclasses.asdict(STUDENT)))["per_task"] == {"chain": 1.0, "sort": 0.5}
-
-
-def test_bad_results_are_refused():
-    with pytest.raises(InputError, match="baseline 'nobody' is not among the methods: teacher, CDLM, tau 0.9"):
-        report.table([TEACHER, STUDENT], "nobody")
-    with pytest.raises(InputError, match=r"accuracy of 'teacher' must be in 0..1, got 99"):
-        dataclasses.replace(TEACHER, accuracy=99)
-    with pytest.raises(InputError, match="latency_ms of 'teacher' must be positive, got 0"):
-        dataclasses.replace(TEACHER, latency_ms=0)
-
-
-# ---- benchmark -----------------------------------------------------------------------------------------------------
 
 NAIVE = measured(
     "naive",
@@ -151,6 +94,40 @@ def test_benchmark_markdown_in_full():
     )  # fmt: skip
 
 
+def test_columns_that_nobody_fills_are_left_out():
+    sheet = report.comparison_table([TEACHER, STUDENT], None, "teacher")
+    assert sheet.markdown() == (
+        "### All problems\n\n"
+        "| method | accuracy | forwards | tokens/forward | latency | speed-up |\n"
+        "| --- | ---: | ---: | ---: | ---: | ---: |\n"
+        "| teacher | 99.0 % | 48.00 | 0.59 | 151 ms (136-166) | 1.0x |\n"
+        "| CDLM, tau 0.9 | 98.6 % | 4.03 | 7.02 | 7.50 ms (6.75-8.25) | 20.2x |\n\n"
+        "512 problems in 2 groups, accuracy is the mean over the groups; forwards and tokens: per answer, tokens "
+        "before the first EOS; latency: one sequence alone, median (10th-90th percentile); speed-up against teacher\n"
+    )
+    untimed = report.comparison_table([UNTIMED], "chain", UNTIMED.name)
+    assert untimed.header == ["method", "accuracy", "forwards", "tokens/forward"]
+    assert untimed.caption == "100 problems; forwards and tokens: per answer, tokens before the first EOS"
+    batches = report.comparison_table([dataclasses.replace(CDLM, throughput={4: (1.0, 1.0, 1.0)})], None, CDLM.name)
+    assert batches.header[4:] == ["tokens", "latency", "speed-up"]
+
+
+@pytest.mark.parametrize(("results", "baseline"), [(MANY, "teacher"), (BENCHMARK, "naive")])
+def test_the_terminal_table_says_the_same(results, baseline):
+    sheet = report.comparison_table(results, None, baseline)
+    lines = printed(sheet.rich()).splitlines()
+    content = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines if line.startswith("│")]
+    expected = sheet.markdown().replace("\\|", "\0").splitlines()[4 : 4 + len(results)]
+    assert content == [[cell.strip().replace("\0", "|") for cell in line.split("|")[1:-1]] for line in expected]
+    below = lines[lines.index(next(line for line in lines if line.startswith("└"))) + 1 :]
+    assert " ".join(" ".join(below).split()) == sheet.caption
+
+
+def test_names_are_not_markup():
+    odd = dataclasses.replace(TEACHER, name="[bold]x[/]")
+    assert "[bold]x[/]" in printed(report.comparison_table([odd], None, odd.name).rich())
+
+
 def test_the_terminal_gets_the_first_tables():
     tables = report.benchmark_tables(BENCHMARK, "naive")
     assert [table.title.plain for table in tables] == [
@@ -183,7 +160,7 @@ def test_bad_benchmarks_are_refused():
     with pytest.raises(InputError, match=r"baseline 'nobody' is not among the methods: naive, CDLM, tau 0.9, a|b"):
         report.benchmark_tables(BENCHMARK, "nobody")
     with pytest.raises(InputError, match="group 'sort' is not among those measured: chain, sudoku"):
-        report.benchmark_table(BENCHMARK, "sort", "naive")
+        report.comparison_table(BENCHMARK, "sort", "naive")
     odd = measured("odd", {"chain": CDLM.scores["chain"]})
     for table in (report.accuracy_table, report.aup_table):
         with pytest.raises(InputError, match="'odd' was scored on chain, but 'naive' on chain, sudoku"):

@@ -1,12 +1,14 @@
 """What the decoders share: where the response lies in a row, which hidden row predicts what, and what is refused."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from cdlm_jax.config import InputError, LogitAlignment, ModelConfig, is_count
 from cdlm_jax.decoding.progress import Progress, take_rows
-from cdlm_jax.decoding.sampling import measure, without
+from cdlm_jax.decoding.sampling import gumbel_noise, measure, without
 from cdlm_jax.decoding.unmask import Unmask
 from cdlm_jax.kernels.vocab import Confidence, confidence
 from cdlm_jax.models.transformer import Transformer
@@ -83,9 +85,7 @@ def predict(
     logits = model.unembed(hidden).at[..., list(banned)].set(-jnp.inf)
     scores = logits
     if temperature > 0:
-        # "high" draws the noise with enough bits that the tail of the softmax is not lost (upstream: float64).
-        noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:], mode="high"))(keys)
-        scores = logits / temperature + noise
+        scores = logits / temperature + jax.vmap(lambda key: gumbel_noise(key, logits.shape[1:]))(keys)
     token = jnp.argmax(without(mask_id, scores), axis=-1)
     return measure(jax.nn.log_softmax(logits.at[..., list(unsure)].set(-jnp.inf)), token, mask_id)
 
@@ -156,11 +156,17 @@ def check_prompts(model: ModelConfig, prompts, prompt_lengths, gen_length: int, 
     tokens, lengths = np.asarray(prompts), np.asarray(prompt_lengths)
     if lengths.min() < 1 or lengths.max() > tokens.shape[1]:
         raise InputError(f"prompt lengths must be in 1..{tokens.shape[1]}, got {lengths.min()}..{lengths.max()}")
-    real = np.arange(tokens.shape[1]) < lengths[:, None]
-    for row, place in np.argwhere(real & ((tokens < 0) | (tokens >= model.vocab_size)))[:1]:
-        raise InputError(
-            f"prompt {row} holds token {tokens[row, place]}, outside the vocabulary 0..{model.vocab_size - 1}"
-        )
-    masks = real & (tokens == model.mask_token_id) if not model.causal else np.zeros_like(real)
-    for row, place in np.argwhere(masks)[:1]:
-        raise InputError(f"prompt {row} holds the mask token {model.mask_token_id} at position {place}")
+    for row, length in enumerate(lengths):
+        check_ids(model, row, tokens[row, :length])
+
+
+def check_ids(model: ModelConfig, number: int, ids: Sequence[int] | np.ndarray) -> None:
+    """Refuse a prompt whose tokens no decoder can use; `number` says which it is."""
+    ids = np.asarray(ids)
+    if not ids.size:
+        raise InputError(f"prompt {number} is empty")
+    if (outside := (ids < 0) | (ids >= model.vocab_size)).any():
+        token, allowed = ids[outside][0], f"the vocabulary 0..{model.vocab_size - 1}"
+        raise InputError(f"prompt {number} holds token {token}, outside {allowed}")
+    if not model.causal and (masks := ids == model.mask_token_id).any():
+        raise InputError(f"prompt {number} holds the mask token {model.mask_token_id} at position {masks.argmax()}")

@@ -20,9 +20,9 @@ class Options:
     """How to decode. None takes what the model folder says (`ModelFolder.metadata`), else the default in brackets.
 
     decoder: a name of DECODERS [by the folder's role; naive for a masked model, autoregressive for a causal one];
-    gen_length [256]; block_size [32]; threshold: confidence above which tokens are finalized together [cdlm: 0.9, else
-    one token per step]; the others as in the `Config` of the decoder that has them [dream: as many steps as tokens;
-    dllm_cache: intervals 50 and 7, its authors' for LLaDA on GSM8K].
+    gen_length [256]; block_size [32; stays None for a decoder without blocks]; threshold: confidence above which tokens
+    are finalized together [cdlm: 0.9, else one token per step]; the others as in the `Config` of the decoder that has
+    them [dream: as many steps as tokens; dllm_cache: intervals 50 and 7, its authors' for LLaDA on GSM8K].
     """
 
     decoder: str | None = None
@@ -32,10 +32,16 @@ class Options:
     factor: float | None = None
     steps: int | None = None
     cache: Literal["none", "prefix", "dual"] | None = None
+    remasking: Literal["low_confidence", "random"] | None = None
+    cfg_scale: float | None = None
     algorithm: dream.Algorithm | None = None
+    alg_temp: float | None = None
     prompt_interval: int | None = None
     response_interval: int | None = None
+    update_ratio: float | None = None
     temperature: float = 0.0
+    top_p: float | None = None
+    top_k: int | None = None
     seed: int = 0
 
     def resolve(self, metadata: dict[str, Any], *, causal: bool = False) -> "Options":
@@ -48,25 +54,20 @@ class Options:
         if role not in list(ROLES):
             raise InputError(f"config.json: cdlm.role must be one of {', '.join(ROLES)}, got {role!r}")
         resolved = dataclasses.replace(
-            self,
-            decoder=self.decoder or ROLES[role],
-            gen_length=self.gen_length or metadata.get("gen_length", 256),
-            block_size=self.block_size or metadata.get("block_size", 32),
+            self, decoder=self.decoder or ROLES[role], gen_length=self.gen_length or metadata.get("gen_length", 256)
         )
+        if resolved.block_size is None and "block_size" in resolved._known():
+            resolved = dataclasses.replace(resolved, block_size=metadata.get("block_size", 32))
         resolved.bind()  # what the decoder refuses is refused now
         return resolved
 
     def bind(self) -> Callable:
         """generate(model, prompts, prompt_lengths, key) -> DecodeResult, from resolved options."""
-        if self.decoder not in DECODERS:
-            raise InputError(f"decoder must be one of {', '.join(DECODERS)}, got {self.decoder!r}")
+        known = self._known()
         module = DECODERS[self.decoder]
-        known = {field.name for field in dataclasses.fields(module.Config)}
         given = {n: v for n, v in vars(self).items() if n not in ("decoder", "seed") and v is not None}
         if not self.temperature:  # greedy, as every decoder can
             del given["temperature"]
-        if "block_size" not in known:  # every folder has one
-            del given["block_size"]
         allowed = sorted((known | ({"threshold"} if "unmask" in known else set())) & vars(self).keys())
         if foreign := sorted(given.keys() - set(allowed)):
             raise InputError(f"{foreign[0]} is no option of the {self.decoder} decoder, allowed: {', '.join(allowed)}")
@@ -75,3 +76,9 @@ class Options:
         defaults = {dream: {"steps": self.gen_length}, dllm_cache: {"prompt_interval": 50, "response_interval": 7}}
         config = module.Config(**defaults.get(module, {}) | given)
         return lambda model, prompts, lengths, key: module.generate(model, prompts, lengths, config, key)
+
+    def _known(self) -> set[str]:
+        """The fields of the decoder's `Config`."""
+        if self.decoder not in DECODERS:
+            raise InputError(f"decoder must be one of {', '.join(DECODERS)}, got {self.decoder!r}")
+        return {field.name for field in dataclasses.fields(DECODERS[self.decoder].Config)}

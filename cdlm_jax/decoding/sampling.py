@@ -60,8 +60,7 @@ class Sampling:
         log_p = jax.nn.log_softmax(self.cut(logits / self.temperature if self.temperature > 0 else logits, forbidden))
         scores = without(forbidden, log_p)
         if self.temperature > 0:
-            # "high" draws the noise with enough bits that the tail of the softmax is not lost (upstream: float64).
-            scores += jax.random.gumbel(key, logits.shape, mode="high")
+            scores += gumbel_noise(key, logits.shape)
         return measure(log_p, jnp.argmax(scores), forbidden)
 
     def cut(self, logits: jax.Array, forbidden: int | None = None) -> jax.Array:
@@ -77,6 +76,11 @@ class Sampling:
             left = jnp.where(left < least, -jnp.inf, left)
         best = jnp.argmax(without(forbidden, logits))
         return left.at[best].set(logits[best])
+
+
+def gumbel_noise(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Where log p plus this is largest is a draw from p. "high" has the bits for its tail (upstream: float64)."""
+    return jax.random.gumbel(key, shape, mode="high")
 
 
 def measure(log_p: jax.Array, token: jax.Array, forbidden: int | None) -> Confidence:

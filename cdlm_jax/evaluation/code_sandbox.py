@@ -38,7 +38,7 @@ from pathlib import Path
 
 from cdlm_jax.config import InputError
 from cdlm_jax.tasks.base import Problem
-from cdlm_jax.tasks.benchmark import CodeBenchmark, Program
+from cdlm_jax.tasks.public import CodeBenchmark, Program
 
 LAYERS = ("unprivileged", "namespaces", "files", "system calls")
 _WORKER = Path(__file__).parent / "sandbox" / "worker.py"

@@ -10,6 +10,7 @@ import numpy as np
 
 from cdlm_jax import tasks
 from cdlm_jax.config import InputError, ModelConfig
+from cdlm_jax.decoding.common import check_ids
 from cdlm_jax.decoding.progress import DecodeResult
 from cdlm_jax.tokenizers import Tokenizer
 
@@ -61,18 +62,6 @@ def problem_cases(tokenizer: Tokenizer, problems: Sequence[NamedProblem], group:
     ]
 
 
-def check_ids(cases: Sequence[Case], config: ModelConfig) -> None:
-    """Refuse every prompt that decoding would refuse, before any is decoded."""
-    for number, case in enumerate(cases):
-        if not case.ids:
-            raise InputError(f"prompt {number} is empty")
-        if bad := [i for i in case.ids if not 0 <= i < config.vocab_size]:
-            raise InputError(f"prompt {number} holds token {bad[0]}, outside the vocabulary 0..{config.vocab_size - 1}")
-        if config.mask_token_id in case.ids:
-            place = list(case.ids).index(config.mask_token_id)
-            raise InputError(f"prompt {number} holds the mask token {config.mask_token_id} at position {place}")
-
-
 def answers(
     decode: Decode,
     config: ModelConfig,
@@ -87,7 +76,8 @@ def answers(
 
     width: tokens to pad prompts to, by default the longest prompt's. A sample depends on the seed and the case's place.
     """
-    check_ids(cases, config)
+    for number, case in enumerate(cases):  # refused before any is decoded
+        check_ids(config, number, case.ids)
     width = width or max(len(case.ids) for case in cases)
     rows = min(batch_size, len(cases))
     for start in range(0, len(cases), rows):

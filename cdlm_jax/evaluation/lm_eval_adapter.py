@@ -45,7 +45,7 @@ class CDLM(TemplateLM):
         response has gen_length tokens, and is cut to a task's max_gen_toks where that is less. A task that samples
         brings its own temperature.
     mc_num: Monte-Carlo samples of a likelihood (`evaluation.likelihood`), which is a lower bound.
-    cfg_scale: classifier-free guidance of likelihoods.
+    cfg_scale: classifier-free guidance of likelihoods, and of the naive decoder.
     add_bos_token: put the tokenizer's BOS before every text that does not begin with it (Dream's base model wants it).
 
     `--batch_size`: rows of a forward. `--device` is not used: JAX takes the devices it finds.
@@ -77,6 +77,8 @@ class CDLM(TemplateLM):
         if self.tokenizer is None:
             raise InputError(f"the harness gives texts, and model folder {pretrained} has no tokenizer")
         self.options = options.resolve(self.folder.metadata, causal=self.model.config.causal)
+        if self.options.decoder == "naive" and cfg_scale:
+            self.options = dataclasses.replace(self.options, cfg_scale=cfg_scale)
         bos = self.tokenizer.special_tokens.get("bos_token")
         if add_bos_token and bos is None:
             raise InputError(f"add_bos_token: the tokenizer of {pretrained} names no bos_token")
@@ -134,8 +136,9 @@ class CDLM(TemplateLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Texts, each up to its first stop string. Contexts that do not fit the model beside gen_length are refused."""
-        if self.cfg_scale:
-            raise InputError(f"cfg_scale {self.cfg_scale} is for likelihoods; this task generates: leave it out")
+        if self.cfg_scale and self.options.decoder != "naive":
+            guided = f"{self.options.decoder} does not guide; naive does"
+            raise InputError(f"cfg_scale {self.cfg_scale}: this task generates, and {guided}")
         kwargs = [_generation_kwargs(request.args[1], self.options.gen_length) for request in requests]
         prompts = [self._prompt(request.args[0]) for request in requests]
         by_temperature = defaultdict(list)
@@ -290,7 +293,7 @@ def _options(given: dict[str, Any]) -> Options:
     kinds = {field.name: field.type for field in dataclasses.fields(Options)}
     for name, value in given.items():
         if name not in kinds:
-            allowed = ", ".join(("pretrained", *kinds, "mc_num", "cfg_scale", "add_bos_token"))
+            allowed = ", ".join(("pretrained", *kinds, "mc_num", "add_bos_token"))
             raise InputError(f"unknown model argument {name!r}, allowed: {allowed}")
         if not _fits(value, kinds[name]):
             kind = kinds[name] if get_args(kinds[name]) else kinds[name].__name__

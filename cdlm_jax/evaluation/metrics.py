@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cdlm_jax.config import InputError, ModelConfig
-from cdlm_jax.evaluation.harness import Score, Spread
+from cdlm_jax.decoding.options import Options
+from cdlm_jax.evaluation.harness import Answer, Score, Spread, Timing, by_group, spread
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +28,36 @@ class Measured:
     compile_seconds: float
     latency_ms: Spread | None
     throughput: dict[int, Spread]
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        series: str,
+        options: Options,
+        found: Sequence[Answer],
+        timing: Timing,
+        throughput: dict[int, Spread] | None = None,
+    ) -> "Measured":
+        """From the answers to all problems, and the seconds of single ones."""
+        return cls(
+            name=name,
+            series=series,
+            settings={name: value for name, value in dataclasses.asdict(options).items() if value is not None},
+            scores=by_group(found),
+            compile_seconds=timing.compile,
+            latency_ms=tuple(1000 * value for value in spread(timing.calls)),
+            throughput=throughput or {},
+        )
+
+    def __post_init__(self):
+        for score in self.scores.values():
+            if not 0 <= score.accuracy <= 1:
+                raise InputError(f"accuracy of {self.name!r} must be in 0..1, got {score.accuracy}")
+            if not score.forwards > 0:
+                raise InputError(f"forwards of {self.name!r} must be positive, got {score.forwards}")
+        if self.latency_ms and not self.latency_ms[0] > 0:
+            raise InputError(f"latency_ms of {self.name!r} must be positive, got {self.latency_ms[0]}")
 
 
 def groups_of(results: Sequence[Measured]) -> list[str]:

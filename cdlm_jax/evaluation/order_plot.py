@@ -26,16 +26,19 @@ ORDER_COLORS = colormaps["YlGnBu_r"]
 
 
 class Order(NamedTuple):
-    """One decoded answer: pieces [L] display text per token ("" for EOS); the rest as in DecodeResult."""
+    """One decoded answer: pieces [L] display text per token ("" for EOS); the rest as in DecodeResult.
+
+    block_size: None is a decoder without blocks.
+    """
 
     label: str
     pieces: Sequence[str]
     finalized_at: Sequence[int]
     forwards: int
-    block_size: int
+    block_size: int | None = None
 
     @classmethod
-    def of(cls, label: str, answer: Answer, tokenizer: Tokenizer, block_size: int) -> "Order":
+    def of(cls, label: str, answer: Answer, tokenizer: Tokenizer, block_size: int | None) -> "Order":
         shown = [tokenizer.id_to_token(token) for token in answer.tokens[: answer.length].tolist()]
         pieces = shown + [""] * (len(answer.tokens) - len(shown))
         return cls(label, pieces, answer.finalized_at, answer.forwards, block_size)
@@ -72,13 +75,14 @@ def _checked(sample: Order) -> Order:
         raise InputError(
             f"{label!r} needs one finalized_at per piece, got {len(finalized_at)} for {len(pieces)} pieces"
         )
+    block_size = len(pieces) if block_size is None else block_size  # then the response is one
     if block_size < 1:
         raise InputError(f"{label!r} needs a block_size of at least 1, got {block_size}")
     if forwards < max(0, *finalized_at) + 1:
         raise InputError(
             f"{label!r} has {forwards} forwards, but a position finalized in number {max(finalized_at) + 1}"
         )
-    return sample._replace(finalized_at=finalized_at)
+    return sample._replace(finalized_at=finalized_at, block_size=block_size)
 
 
 def _grid(sample: Order) -> tuple[int, int, float]:

@@ -46,16 +46,18 @@ def visible(piece: str) -> str:
 
 
 def frames(
-    pieces: Sequence[str], finalized_at: Sequence[int], *, block_size: int, forwards: int | None = None
+    pieces: Sequence[str], finalized_at: Sequence[int], *, block_size: int | None = None, forwards: int | None = None
 ) -> Iterator[Frame]:
     """One Frame per forward.
 
     pieces: [L] display text per token, "" for EOS; finalized_at: [L] as in DecodeResult (from 0, -1 never).
-    forwards: as in DecodeResult; None ends at the last forward that finalized something.
+    block_size: None is a decoder without blocks; forwards: as in DecodeResult, None ends at the last forward that
+        finalized something.
     """
     at = np.asarray(finalized_at)
     if at.shape != (len(pieces),) or not at.size:
         raise InputError(f"need one finalized_at per piece, got shape {at.shape} for {len(pieces)} pieces")
+    block_size = len(pieces) if block_size is None else block_size
     if block_size < 1:
         raise InputError(f"block_size must be at least 1, got {block_size}")
     needed = max(int(at.max()), 0) + 1
@@ -89,7 +91,7 @@ def play(
     pieces: Sequence[str],
     finalized_at: Sequence[int],
     *,
-    block_size: int,
+    block_size: int | None = None,
     label: str,
     console: Console,
     delay: float = 0.15,

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import pairwise, product
+from itertools import chain, pairwise, product
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +16,8 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from matplotlib.transforms import Bbox
 
 from cdlm_jax.config import InputError, ModelConfig
-from cdlm_jax.evaluation.metrics import PEAKS, Measured, decoding_work, groups_of, series_aup, series_points
-from cdlm_jax.evaluation.report import MethodResult, milliseconds
+from cdlm_jax.evaluation.metrics import PEAKS, Measured, decoding_work, groups_of, overall, series_aup, series_points
+from cdlm_jax.evaluation.report import milliseconds
 
 INK, GREY, GRID = "#222222", "#767676", "#E6E6E6"
 # From Okabe & Ito's and Tol's colour-blind-safe sets, first those dark enough for text. 10 colours and 7 markers make
@@ -106,28 +106,29 @@ def _looks(series: Iterable[str]) -> dict[str, dict]:
     }
 
 
-# ---- accuracy against forwards (quickstart) ------------------------------------------------------------------------
+# ---- accuracy against forwards -------------------------------------------------------------------------------------
 
 
-def plot_accuracy(results: Sequence[MethodResult], path: str | Path, title: str) -> None:
-    """Accuracy against forwards per sequence (log scale) as a PNG: a labelled point per method, a line per series."""
-    if not results:
-        raise InputError("nothing to plot: no results were given")
+def plot_accuracy(results: Sequence[Measured], path: str | Path, title: str) -> None:
+    """Accuracy against forwards per answer (log scale) as a PNG: a labelled point per method, a line per series."""
+    groups_of(results)  # refuses what cannot be compared
+    lines: dict[str, list[tuple[float, float, str]]] = {}
+    for result in results:
+        score = overall(result.scores.values())
+        lines.setdefault(result.series, []).append((score.forwards, 100 * score.accuracy, result.name))
     figure = _page(8, 4.8)
     axes = figure.add_subplot()
-    looks = _looks(result.series or result.name for result in results)
-    labels = []
-    for series, look in looks.items():
-        group = [result for result in results if (result.series or result.name) == series]
-        group.sort(key=lambda result: result.forwards)
-        x, y = [result.forwards for result in group], [100 * result.accuracy for result in group]
-        axes.plot(x, y, markersize=7, linewidth=1.6, zorder=3, **look)
-        labels += [(result.name, at, look["color"]) for result, *at in zip(group, x, y, strict=True)]
-    forwards = [result.forwards for result in results]
+    looks, labels = _looks(lines), []
+    for series, points in lines.items():
+        points.sort()
+        forwards, accuracy, _ = zip(*points, strict=True)
+        axes.plot(forwards, accuracy, markersize=7, linewidth=1.6, zorder=3, **looks[series])
+        labels += [(name, at, looks[series]["color"]) for *at, name in points]
+    forwards, accuracy, _ = zip(*chain(*lines.values()), strict=True)
     axes.set_xscale("log", base=2)
     axes.set_xlim(min(forwards) / 1.6, max(forwards) * 1.6)
     axes.xaxis.set_major_formatter("{x:g}")
-    _percent_axis(axes, [100 * result.accuracy for result in results])
+    _percent_axis(axes, accuracy)
     _style(axes, "forwards per answer (log scale)", "accuracy")
     _title(axes, title)
     figure.canvas.draw()  # settles the layout, which the labels' places depend on

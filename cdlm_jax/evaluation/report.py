@@ -1,17 +1,17 @@
 """What a comparison of decoders shows: tables for the terminal and for Markdown."""
 
-import dataclasses
 from collections.abc import Sequence
+from itertools import compress
 from typing import NamedTuple
 
 from rich.table import Table
 from rich.text import Text
 
 from cdlm_jax.config import InputError
-from cdlm_jax.evaluation.harness import Score, Spread
+from cdlm_jax.evaluation.harness import Spread
 from cdlm_jax.evaluation.metrics import Measured, groups_of, overall, series_aup
 
-WORDS = ("method", "series", "note")  # columns of text; numbers are aligned to the right
+WORDS = ("method", "series")  # columns of text; numbers are aligned to the right
 
 
 class Sheet(NamedTuple):
@@ -43,86 +43,7 @@ class Sheet(NamedTuple):
         return "\n".join(parts)
 
 
-# ---- the quickstart's tables ---------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class MethodResult:
-    """One decoder on one set of problems.
-
-    accuracy: 0..1; forwards: mean per sequence; latency_ms: median of one sequence alone (batch 1), milliseconds, and
-    its spread (low, high); per_task: accuracy 0..1 by task; series: results of one series (one decoder, its knob
-    turned) share a colour and are joined by a line.
-    """
-
-    name: str
-    accuracy: float
-    problems: int
-    forwards: float
-    tokens_per_forward: float
-    latency_ms: float
-    latency_spread: tuple[float, float] | None = None
-    per_task: dict[str, float] | None = None
-    note: str = ""
-    series: str = ""
-
-    def __post_init__(self):
-        if not 0 <= self.accuracy <= 1:
-            raise InputError(f"accuracy of {self.name!r} must be in 0..1, got {self.accuracy}")
-        for name in ("problems", "forwards", "latency_ms"):
-            if not getattr(self, name) > 0:
-                raise InputError(f"{name} of {self.name!r} must be positive, got {getattr(self, name)}")
-
-
-def table(results: Sequence[MethodResult], baseline: str) -> Table:
-    """One row per method. Speed-up is the latency of the method named `baseline` over the row's own."""
-    return _comparison(results, baseline).rich()
-
-
-def task_table(results: Sequence[MethodResult]) -> Table | None:
-    """Accuracy by task, one row per method; None if no result has `per_task`."""
-    sheet = _tasks(results)
-    return sheet and sheet.rich()
-
-
-def markdown(results: Sequence[MethodResult], baseline: str) -> str:
-    """The content of `table`, and of `task_table` if there is one, as Markdown."""
-    return "\n".join(sheet.markdown() for sheet in (_comparison(results, baseline), _tasks(results)) if sheet)
-
-
-def _comparison(results: Sequence[MethodResult], baseline: str) -> Sheet:
-    reference = _named(results, baseline).latency_ms
-    header = ["method", "accuracy", "forwards", "tokens/forward", "latency", "speed-up"]
-    rows = [
-        [
-            result.name,
-            _percent(result.accuracy),
-            f"{result.forwards:.2f}",
-            f"{result.tokens_per_forward:.2f}",
-            milliseconds(result.latency_ms, result.latency_spread),
-            f"{reference / result.latency_ms:.1f}x",
-        ]
-        for result in results
-    ]
-    if any(result.note for result in results):
-        header.append("note")
-        rows = [[*row, result.note] for row, result in zip(rows, results, strict=True)]
-    counts = sorted({result.problems for result in results})
-    problems = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-    caption = f"{problems} problems; latency of one sequence alone (median); speed-up against {baseline}"
-    return Sheet(header, rows, caption=caption)
-
-
-def _tasks(results: Sequence[MethodResult]) -> Sheet | None:
-    tasks = list(dict.fromkeys(task for result in results for task in result.per_task or {}))
-    if not tasks:
-        return None
-    accuracy = [(result.name, result.per_task or {}) for result in results]
-    rows = [[name, *(_percent(found[task]) if task in found else "" for task in tasks)] for name, found in accuracy]
-    return Sheet(["method", *tasks], rows)
-
-
-# ---- the benchmark's tables ----------------------------------------------------------------------------------------
+# ---- tables --------------------------------------------------------------------------------------------------------
 
 
 def benchmark_tables(results: Sequence[Measured], baseline: str) -> list[Table]:
@@ -133,50 +54,53 @@ def benchmark_tables(results: Sequence[Measured], baseline: str) -> list[Table]:
 def benchmark_markdown(results: Sequence[Measured], baseline: str) -> str:
     """The tables of `benchmark_tables`, and the full one of every group."""
     groups = groups_of(results)
-    single = [benchmark_table(results, group, baseline) for group in groups] if len(groups) > 1 else []
+    single = [comparison_table(results, group, baseline) for group in groups] if len(groups) > 1 else []
     return "\n".join(sheet.markdown() for sheet in (*_summary(results, baseline), *single))
 
 
 def _summary(results: Sequence[Measured], baseline: str) -> list[Sheet]:
-    sheets = [benchmark_table(results, None, baseline), accuracy_table(results), aup_table(results)]
+    sheets = [comparison_table(results, None, baseline), accuracy_table(results), aup_table(results)]
     return [*sheets, throughput_table(results)] if any(result.throughput for result in results) else sheets
 
 
-def benchmark_table(results: Sequence[Measured], group: str | None, baseline: str) -> Sheet:
+def comparison_table(results: Sequence[Measured], group: str | None, baseline: str) -> Sheet:
     """One row per method on a problem group, None: on all (accuracy is their macro mean). The times are of all groups.
 
-    Speed-up is the latency of the method named `baseline` over the row's own.
+    Speed-up is the latency of the method named `baseline` over the row's own. A column that nobody fills is left out;
+    so is the length of an answer where no tokens per second were measured.
     """
     groups = groups_of(results)
     if group not in (None, *groups):
         raise InputError(f"group {group!r} is not among those measured: {', '.join(groups)}")
     scores = [overall(r.scores.values()) if group is None else r.scores[group] for r in results]
     reference = _named(results, baseline).latency_ms
+    rated = any(result.throughput for result in results)
     header = ["method", "accuracy", "forwards", "tokens/forward", "tokens", "latency", "speed-up", "tokens/s"]
     rows = [
         [
             result.name,
-            *_quality(score),
+            _percent(score.accuracy),
+            f"{score.forwards:.2f}",
+            f"{score.tokens_per_forward:.2f}",
+            f"{score.tokens:.1f}" if rated else "",
             milliseconds(result.latency_ms[0], result.latency_ms[1:]) if result.latency_ms else "",
             f"{reference[0] / result.latency_ms[0]:.1f}x" if reference and result.latency_ms else "",
             _rate(result.throughput.get(1)),
         ]
         for result, score in zip(results, scores, strict=True)
     ]
+    filled = [any(column) for column in zip(*rows, strict=True)]
+    header, *rows = (list(compress(row, filled)) for row in (header, *rows))
     counts = sorted({score.problems for score in scores})
     problems = f"{counts[0]} problems" if len(counts) == 1 else f"{counts[0]} to {counts[-1]} problems"
     if group is None and len(groups) > 1:
         problems += f" in {len(groups)} groups, accuracy is the mean over the groups"
-    caption = (
-        f"{problems}; forwards and tokens: per answer, tokens before the first EOS; latency and tokens/s: one sequence "
-        f"alone, median (10th-90th percentile); speed-up against {baseline}"
-    )
-    return Sheet(header, rows, f"{group or 'All problems'}", caption)
-
-
-def _quality(score: Score) -> list[str]:
-    counts = (score.forwards, score.tokens_per_forward)
-    return [_percent(score.accuracy), *(f"{value:.2f}" for value in counts), f"{score.tokens:.1f}"]
+    caption = [problems, "forwards and tokens: per answer, tokens before the first EOS"]
+    if times := [name for name in ("latency", "tokens/s") if name in header]:
+        caption.append(f"{' and '.join(times)}: one sequence alone, median (10th-90th percentile)")
+    if "speed-up" in header:
+        caption.append(f"speed-up against {baseline}")
+    return Sheet(header, rows, group or "All problems", "; ".join(caption))
 
 
 def accuracy_table(results: Sequence[Measured]) -> Sheet:
@@ -220,7 +144,7 @@ def throughput_table(results: Sequence[Measured]) -> Sheet:
 # ---- cells ---------------------------------------------------------------------------------------------------------
 
 
-def _named(results: Sequence, baseline: str):
+def _named(results: Sequence[Measured], baseline: str) -> Measured:
     named = {result.name: result for result in results}
     if baseline not in named:
         raise InputError(f"baseline {baseline!r} is not among the methods: {', '.join(named) or 'none given'}")

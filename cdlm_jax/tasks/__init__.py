@@ -14,13 +14,13 @@ from functools import cache
 
 from cdlm_jax.config import InputError
 from cdlm_jax.tasks.base import SPLITS, Problem, Task, split_of
-from cdlm_jax.tasks.benchmark import Benchmark
 from cdlm_jax.tasks.chain import Chain
 from cdlm_jax.tasks.countdown import Countdown3
 from cdlm_jax.tasks.gsm8k import Gsm8k, Gsm8kCot
 from cdlm_jax.tasks.humaneval import HumanEval
 from cdlm_jax.tasks.math500 import Math500, Math500Minerva
 from cdlm_jax.tasks.mbpp import Mbpp
+from cdlm_jax.tasks.public import Benchmark
 from cdlm_jax.tasks.reasoning import ChainSum, SpellBackward
 from cdlm_jax.tasks.sort import Sort
 from cdlm_jax.tasks.sudoku import Sudoku4

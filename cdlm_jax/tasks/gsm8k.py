@@ -6,8 +6,8 @@ from pathlib import Path
 
 from cdlm_jax.config import InputError
 from cdlm_jax.tasks.base import Problem
-from cdlm_jax.tasks.benchmark import ScoredBenchmark, cut, field, read_rows
 from cdlm_jax.tasks.extraction import final_number, number
+from cdlm_jax.tasks.public import ScoredBenchmark, cut, field, read_rows
 
 # Wei et al. 2022, "Chain-of-Thought Prompting Elicits Reasoning in Large Language Models", table 20.
 CHAIN_OF_THOUGHT = (

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from cdlm_jax.config import InputError
 from cdlm_jax.tasks.base import Problem
-from cdlm_jax.tasks.benchmark import CodeBenchmark, Program, cut, field, read_rows
 from cdlm_jax.tasks.extraction import code, syntax_error
+from cdlm_jax.tasks.public import CodeBenchmark, Program, cut, field, read_rows
 
 
 @dataclass(frozen=True)

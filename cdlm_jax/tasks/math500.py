@@ -6,9 +6,9 @@ from pathlib import Path
 
 from cdlm_jax.config import InputError
 from cdlm_jax.tasks.base import Problem
-from cdlm_jax.tasks.benchmark import ScoredBenchmark, cut, field, read_rows
 from cdlm_jax.tasks.extraction import after_phrase, boxed
 from cdlm_jax.tasks.math_equality import judge, normalized
+from cdlm_jax.tasks.public import ScoredBenchmark, cut, field, read_rows
 
 # Lewkowycz et al. 2022, "Solving Quantitative Reasoning Problems with Language Models" (Minerva), appendix D.
 MINERVA = (

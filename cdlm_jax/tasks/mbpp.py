@@ -8,8 +8,8 @@ from pathlib import Path
 
 from cdlm_jax.config import InputError
 from cdlm_jax.tasks.base import Problem
-from cdlm_jax.tasks.benchmark import CodeBenchmark, Program, field, read_rows
 from cdlm_jax.tasks.extraction import code, syntax_error
+from cdlm_jax.tasks.public import CodeBenchmark, Program, field, read_rows
 
 TEST_SPLIT = range(11, 511)  # of the task ids 1..974; 1..10 are for prompts, the others for training
 _SHOWN = "Your code should pass the test:"

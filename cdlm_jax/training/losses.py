@@ -80,8 +80,6 @@ def masked_denoising_loss(
     targets: jax.Array,
     masked: jax.Array,
     t: jax.Array,
-    *,
-    importance: jax.Array | None = None,
 ) -> jax.Array:
     """L_dlm = mean over rows of 1 / (t L) * sum over the masked positions of -log q(target), as in LLaDA (2502.09992).
 
@@ -91,15 +89,11 @@ def masked_denoising_loss(
       targets: int32 [rows, L], the ground-truth response.
       masked: bool [rows, L].
       t: float32 [rows], the masking probability of each row, > 0.
-      importance: float32 [rows, L], in place of equal positions: a row's mean is then weighted by it.
 
     Returns:
       float32 scalar; differentiable in hidden and head.
     """
-    if importance is None:
-        importance = jnp.ones(masked.shape, jnp.float32)
-    share = importance / importance.sum(axis=1, keepdims=True)  # 1 / L each, where all are equal
-    return linear_nll(hidden, head, targets, masked * share / (t[:, None] * masked.shape[0]))
+    return linear_nll(hidden, head, targets, masked / (t[:, None] * masked.size))
 
 
 def _mean_weights(mask):
