@@ -59,6 +59,7 @@ def get_config(variant: str = "full") -> ConfigDict:
         "steps": 7500,
         "batch_size": 64,
         "ema_decay": 0.995,
+        "filler_weight": 1.0,
         "checkpoint_every": 500,
         "evaluate_every": 0,
         "log_every": 20,

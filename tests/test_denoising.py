@@ -102,16 +102,21 @@ def plain_response_hidden(model, prompt, response, block_size=None):
     return norm(x, model.final_norm.weight[...])[first : first + len(response)]
 
 
-def plain_masked_denoising(model, batch, masked, t, block_size=None):
-    """Mean over rows of 1 / (t L) times the sum over masked positions of -log q(answer)."""
+def plain_masked_denoising(model, batch, masked, t, block_size=None, filler_weight=1.0):
+    """Mean over rows of 1 / (t L) times the sum over masked positions of -log q(answer).
+
+    EOS tokens after the first one count as `filler_weight` of a position.
+    """
     total = 0.0
     for row, length in enumerate(batch["prompt_length"]):
         answer, hidden_there = batch["answer"][row].tolist(), masked[row].tolist()
         state = [CONFIG.mask_token_id if m else token for token, m in zip(answer, hidden_there, strict=True)]
         hidden = plain_response_hidden(model, batch["prompt"][row, :length].tolist(), state, block_size)
         log_q = log_softmax(hidden @ wide(model.head))
-        nll = sum(-log_q[i, answer[i]] for i in range(LENGTH) if hidden_there[i])
-        total += nll / (t[row] * LENGTH) / ROWS
+        first = [*answer, CONFIG.eos_token_id].index(CONFIG.eos_token_id)
+        weight = [filler_weight if i > first else 1.0 for i in range(LENGTH)]
+        nll = sum(-weight[i] * log_q[i, answer[i]] for i in range(LENGTH) if hidden_there[i])
+        total += nll / (t[row] * sum(weight)) / ROWS
     return total
 
 
@@ -141,14 +146,16 @@ def test_ratios_are_bounded_below():
 
 
 @pytest.mark.parametrize(
-    ("alignment", "weighting"), [("same_position", "likelihood"), ("shifted", "likelihood"), ("shifted", "uniform")]
+    ("alignment", "weighting", "filler_weight"),
+    [("same_position", "likelihood", 1.0), ("shifted", "likelihood", 1.0), ("shifted", "uniform", 0.25)],
 )
-def test_the_loss_is_that_of_a_float64_twin(alignment, weighting):
+def test_the_loss_is_that_of_a_float64_twin(alignment, weighting, filler_weight):
     model, rng = random_model(alignment), np.random.default_rng(0)
     batch = random_prompts(rng) | {"answer": rng.integers(2, CONFIG.vocab_size, (ROWS, LENGTH), dtype=np.int32)}
+    batch["answer"][:, LENGTH // 2] = CONFIG.eos_token_id
     graphdef, trainable, rest = nnx.split(model, nnx.Param, ...)
     noise, steps = NoiseSchedule(curriculum=0.5, first_t_max=0.9, weighting=weighting), 10
-    config = PretrainConfig(steps=steps, noise=noise)
+    config = PretrainConfig(steps=steps, noise=noise, filler_weight=filler_weight)
     keys = jax.random.split(jax.random.key(4), ROWS)
     loss, metrics = jax.jit(make_loss(graphdef, config))(trainable, rest, batch, keys, jnp.int32(2))
 
@@ -157,7 +164,7 @@ def test_the_loss_is_that_of_a_float64_twin(alignment, weighting):
     masked = np.asarray(jax.random.uniform(mask_key, (ROWS, LENGTH))) < t[:, None]
     assert 5 < masked.sum() < ROWS * LENGTH - 5
     divisor = t if weighting == "likelihood" else np.full(ROWS, 0.5)
-    expected = plain_masked_denoising(model, batch, masked, divisor)
+    expected = plain_masked_denoising(model, batch, masked, divisor, filler_weight=filler_weight)
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
     assert metrics == {}
 
@@ -204,6 +211,7 @@ def test_thirty_steps_learn_an_easy_task(optimizer):
         (NoiseSchedule, {"min_t": float("nan")}, r"noise.min_t must be in \(0, 1\], got nan"),
         (PretrainConfig, {"steps": 1, "batch_size": 0}, "pretrain.batch_size must be at least 1, got 0"),
         (PretrainConfig, {"steps": 1, "ema_decay": 1.0}, r"pretrain.ema_decay must be in \[0, 1\), got 1.0"),
+        (PretrainConfig, {"steps": 1, "filler_weight": -0.5}, r"pretrain.filler_weight must be in \[0, 1\], got -0.5"),
         (NoiseSchedule, {"weighting": "elbo"}, "noise.weighting must be likelihood or uniform, got 'elbo'"),
         (PretrainConfig, {"steps": 0}, "steps must be at least 1, got 0"),
     ],

@@ -10,6 +10,7 @@ from cdlm_jax.training.losses import (
     DREAM,
     LLADA,
     LossWeights,
+    answer_share,
     consistency_loss,
     distillation_loss,
     masked_denoising_loss,
@@ -127,6 +128,26 @@ def test_masked_denoising():
         return jnp.mean(-jnp.sum(picked * masked, axis=1) / (t * LENGTH))
 
     assert_same_gradients(lambda h, w: masked_denoising_loss(h, w, targets, masked, t), plain, hidden, head)
+
+
+def test_an_answer_is_averaged_over_its_own_tokens():
+    answer = jnp.array([[5, 6, 0, 0, 0], [0, 0, 0, 0, 0], [1, 2, 3, 4, 5], [1, 0, 7, 0, 0]])
+    np.testing.assert_allclose(
+        answer_share(answer, 0, 0.25),
+        [
+            [2 / 7, 2 / 7, 2 / 7, 0.5 / 7, 0.5 / 7],
+            [1 / 2, 0.5 / 4, 0.5 / 4, 0.5 / 4, 0.5 / 4],
+            [1 / 5] * 5,
+            [4 / 11, 4 / 11, 1 / 11, 1 / 11, 1 / 11],  # what follows the first EOS is filler, whatever it is
+        ],
+    )
+    np.testing.assert_allclose(answer_share(answer, 0, 1.0), np.full((4, 5), 1 / 5))
+    np.testing.assert_allclose(answer_share(answer, 0, 0.0).sum(axis=1), 1)
+    _, _, hidden, head = draw(2)
+    targets = np.zeros((ROWS, LENGTH), np.int32)
+    masked, t = np.ones((ROWS, LENGTH), bool), np.ones(ROWS, np.float32)
+    first_only = masked_denoising_loss(hidden, head, targets, masked, t, share=answer_share(targets, 0, 0.0))
+    np.testing.assert_allclose(first_only, -log_probabilities(hidden, head)[:, 0, 0].mean(), rtol=1e-5)
 
 
 def test_equal_micro_batches_average_to_the_batch():

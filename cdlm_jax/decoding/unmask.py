@@ -2,7 +2,7 @@
 
 Each is called as `policy(candidates, masked, step) -> select`: candidates holds [rows, B] arrays, masked is bool
 [rows, B], step int32 [rows] counts the forwards that the row has already spent on this block. At least the best
-masked position is selected (but see Quota and Timesteps); ties go to the lowest position.
+masked position is selected (Quota, Timesteps, Allowance and FirstThen say what they do instead); ties go to the lowest.
 """
 
 import dataclasses

@@ -4,8 +4,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from cdlm_jax.decoding.common import append_response, predicting_rows
-from cdlm_jax.decoding.progress import response_lengths
 from cdlm_jax.kernels.vocab import linear_nll
+from cdlm_jax.training.losses import answer_share
 
 
 def make_loss(graphdef: nnx.GraphDef):
@@ -21,8 +21,7 @@ def make_loss(graphdef: nnx.GraphDef):
         tokens = append_response(batch["prompt"], prompt_lengths, answer)
         causal = jnp.broadcast_to(jnp.arange(1, tokens.shape[1] + 1), tokens.shape)
         hidden = predicting_rows(model(tokens, visible_end=causal), prompt_lengths, length, "shifted")
-        counted = jnp.minimum(response_lengths(answer, model.config.eos_token_id) + 1, length)[:, None]
-        weights = (jnp.arange(length) < counted) / (rows * counted)
-        return linear_nll(hidden, model.head, answer, weights.astype(jnp.float32)), {}
+        share = answer_share(answer, model.config.eos_token_id, filler_weight=0.0)
+        return linear_nll(hidden, model.head, answer, share / rows), {}
 
     return loss_fn

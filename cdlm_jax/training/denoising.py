@@ -5,13 +5,15 @@ import jax.numpy as jnp
 from flax import nnx
 
 from cdlm_jax.decoding.common import append_response, predicting_rows
-from cdlm_jax.training.losses import masked_denoising_loss
+from cdlm_jax.training.losses import answer_share, masked_denoising_loss
 from cdlm_jax.training.pretrain import PretrainConfig
 from cdlm_jax.visibility import row_end
 
 
 def make_loss(graphdef: nnx.GraphDef, config: PretrainConfig):
-    """The `LossFn`: E_t[1/(t L) * sum over masked of -log p(answer)] under full attention, t drawn by `config.noise`.
+    """The `LossFn`: E_t[1/t * sum over masked of share * -log p(answer)] under full attention, t from `config.noise`.
+
+    share is 1 / L, or less for EOS after the first (`config.filler_weight`).
 
     batch: {prompt [rows, P_max], prompt_length [rows], answer [rows, L]}.
     """
@@ -27,6 +29,7 @@ def make_loss(graphdef: nnx.GraphDef, config: PretrainConfig):
         tokens = append_response(batch["prompt"], prompt_lengths, y)
         hidden = model(tokens, visible_end=row_end(prompt_lengths, length, tokens.shape[1]))
         hidden = predicting_rows(hidden, prompt_lengths, length, model.config.logit_alignment)
-        return masked_denoising_loss(hidden, model.head, answer, masked, config.noise.divisor(t)), {}
+        share = answer_share(answer, model.config.eos_token_id, config.filler_weight)
+        return masked_denoising_loss(hidden, model.head, answer, masked, config.noise.divisor(t), share=share), {}
 
     return loss_fn

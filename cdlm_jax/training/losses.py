@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from cdlm_jax.config import InputError
+from cdlm_jax.decoding.progress import response_lengths
 from cdlm_jax.kernels.vocab import linear_kl, linear_nll
 
 
@@ -80,6 +81,8 @@ def masked_denoising_loss(
     targets: jax.Array,
     masked: jax.Array,
     t: jax.Array,
+    *,
+    share: jax.Array | None = None,
 ) -> jax.Array:
     """L_dlm = mean over rows of 1 / (t L) * sum over the masked positions of -log q(target), as in LLaDA (2502.09992).
 
@@ -89,11 +92,23 @@ def masked_denoising_loss(
       targets: int32 [rows, L], the ground-truth response.
       masked: bool [rows, L].
       t: float32 [rows], the masking probability of each row, > 0.
+      share: float32 [rows, L], what each position is of its row's mean, in place of 1 / L (`answer_share`).
 
     Returns:
       float32 scalar; differentiable in hidden and head.
     """
-    return linear_nll(hidden, head, targets, masked / (t[:, None] * masked.size))
+    share = 1 / masked.shape[1] if share is None else share
+    return linear_nll(hidden, head, targets, masked * share / (t[:, None] * masked.shape[0]))
+
+
+def answer_share(answer: jax.Array, eos_token_id: int, filler_weight: float) -> jax.Array:
+    """Weights of a mean over an answer's tokens up to its first EOS: [rows, L] -> float32 [rows, L], rows sum to 1.
+
+    The EOS after that count as `filler_weight` of a token. In a plain mean a short answer has little gradient.
+    """
+    filler = jnp.arange(answer.shape[1]) > response_lengths(answer, eos_token_id)[:, None]
+    weight = jnp.where(filler, filler_weight, 1.0)
+    return weight / weight.sum(axis=1, keepdims=True)
 
 
 def _mean_weights(mask):

@@ -54,11 +54,13 @@ class PretrainConfig(LoopConfig):
 
     objective: a bidirectional teacher by masked denoising (`training/denoising.py`), or a causal model to compare with
         by next-token prediction (`training/causal.py`, which has no noise).
+    filler_weight: of the EOS tokens after the first in masked denoising (`losses.answer_share`).
     """
 
     objective: Literal["masked_denoising", "autoregressive"] = "masked_denoising"
     batch_size: int = 64
     ema_decay: float = 0.995
+    filler_weight: float = 1.0
     optimizer: OptimizerConfig = OptimizerConfig(name="muon", learning_rate=1e-2, weight_decay=0.0)
     noise: NoiseSchedule = NoiseSchedule()
 
@@ -73,3 +75,5 @@ class PretrainConfig(LoopConfig):
             raise InputError(f"pretrain.batch_size must be at least 1, got {self.batch_size}")
         if not 0 <= self.ema_decay < 1:
             raise InputError(f"pretrain.ema_decay must be in [0, 1), got {self.ema_decay}")
+        if not 0 <= self.filler_weight <= 1:
+            raise InputError(f"pretrain.filler_weight must be in [0, 1], got {self.filler_weight}")
