@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 from ml_collections import ConfigDict
+from tiny import TINY
 
-from cdlm_jax.config import InputError, ModelConfig, build
+from cdlm_jax.config import InputError, build
 from cdlm_jax.recipe import Recipe
 from cdlm_jax.training.losses import LossWeights
 from cdlm_jax.training.optimizer import OptimizerConfig
@@ -118,20 +119,7 @@ def test_a_misspelled_key_of_a_recipe_is_named(place):
 
 # ---- the model's ---------------------------------------------------------------------------------------------------
 
-MODEL = ModelConfig(
-    vocab_size=40,
-    hidden_size=16,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    mlp_size=24,
-    rope_theta=10_000.0,
-    norm_eps=1e-5,
-    mask_token_id=1,
-    eos_token_id=2,
-    pad_token_id=2,
-    max_length=64,
-)
+MODEL = TINY
 
 
 def test_head_dim():

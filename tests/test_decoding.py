@@ -21,8 +21,9 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_unmask import decide
+from tiny import TINY
 
-from cdlm_jax.config import InputError, ModelConfig
+from cdlm_jax.config import InputError
 from cdlm_jax.decoding import cdlm, common, naive
 from cdlm_jax.decoding.progress import DecodeResult, response_lengths, take_rows
 from cdlm_jax.decoding.unmask import EntropyBudget, Factor, Margin, Quota, Threshold
@@ -37,20 +38,8 @@ NEAR_TIE = 1e-4
 ROWS, PROMPT_MAX, GEN, BLOCK = 4, 12, 12, 4
 VOCAB, MASK, EOS = 24, 1, 2
 
-CONFIG = ModelConfig(
-    vocab_size=VOCAB,
-    hidden_size=16,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    mlp_size=24,
-    rope_theta=10_000.0,
-    norm_eps=1e-5,
-    qkv_bias=True,
-    mask_token_id=MASK,
-    eos_token_id=EOS,
-    pad_token_id=EOS,
-    max_length=64,
+CONFIG = dataclasses.replace(TINY, vocab_size=VOCAB, qkv_bias=True)  # its mask and EOS are MASK and EOS
+    TINY, vocab_size=VOCAB, qkv_bias=True, mask_token_id=MASK, eos_token_id=EOS, pad_token_id=EOS
 )
 
 # ---- golden decodes ------------------------------------------------------------------------------------------------

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from flax import nnx
 from test_vocab import log_softmax
+from tiny import TINY
 
 from cdlm_jax import tasks
-from cdlm_jax.config import InputError, ModelConfig
+from cdlm_jax.config import InputError
 from cdlm_jax.data import Encoder, ProblemMixture, problem_batches
 from cdlm_jax.models.transformer import Transformer
 from cdlm_jax.tokenizers import Tokenizer
@@ -22,21 +23,7 @@ from cdlm_jax.training.step import TrainState, make_train_step
 
 ROWS, PROMPT_MAX, LENGTH = 4, 6, 8
 ALIGNMENTS = ("same_position", "shifted")
-CONFIG = ModelConfig(
-    vocab_size=24,
-    hidden_size=16,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    mlp_size=24,
-    rope_theta=10_000.0,
-    norm_eps=1e-5,
-    qkv_bias=True,
-    mask_token_id=1,
-    eos_token_id=2,
-    pad_token_id=2,
-    max_length=64,
-)
+CONFIG = dataclasses.replace(TINY, vocab_size=24, qkv_bias=True)
 
 
 def random_model(alignment, **changes):

@@ -14,8 +14,9 @@ from conftest import golden_ids, load_case
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import TINY
 
-from cdlm_jax.config import InputError, ModelConfig
+from cdlm_jax.config import InputError
 from cdlm_jax.decoding import naive
 from cdlm_jax.evaluation.likelihood import draw_masks, is_greedy, log_likelihood, masked_nll
 from cdlm_jax.models.hf import load_model
@@ -23,20 +24,7 @@ from cdlm_jax.models.transformer import Transformer
 from cdlm_jax.visibility import visible_end
 
 MASK, VOCAB = 1, 24
-CONFIG = ModelConfig(
-    vocab_size=VOCAB,
-    hidden_size=16,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    mlp_size=24,
-    rope_theta=10_000.0,
-    norm_eps=1e-5,
-    mask_token_id=MASK,
-    eos_token_id=2,
-    pad_token_id=2,
-    max_length=48,
-)
+CONFIG = dataclasses.replace(TINY, vocab_size=VOCAB, mask_token_id=MASK, max_length=48)
 BLOCK = 2
 VARIANTS = [("same_position", BLOCK, 0.0), ("shifted", None, 0.8)]  # the golden cases are the plain ones
 

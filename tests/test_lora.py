@@ -5,25 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from tiny import TINY
 
-from cdlm_jax.config import InputError, ModelConfig
+from cdlm_jax.config import InputError
 from cdlm_jax.models.lora import TARGETS, LoRAParam, attach, merge
 from cdlm_jax.models.transformer import Transformer
 
-CONFIG = ModelConfig(
-    vocab_size=40,
-    hidden_size=16,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    mlp_size=24,
-    rope_theta=10_000.0,
-    norm_eps=1e-5,
-    mask_token_id=1,
-    eos_token_id=2,
-    pad_token_id=2,
-    max_length=64,
-)
+CONFIG = TINY
 TOKENS = jnp.arange(12).reshape(2, 6)
 
 

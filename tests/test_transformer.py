@@ -10,8 +10,8 @@ from conftest import golden_ids
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import TINY
 
-from cdlm_jax.config import ModelConfig
 from cdlm_jax.models.cache import KVCache
 from cdlm_jax.models.hf import load_model
 from cdlm_jax.models.transformer import Transformer
@@ -20,21 +20,7 @@ from cdlm_jax.visibility import dense_mask, visible_end
 FORWARD = golden_ids("forward")
 LARGEST_ERROR = 1e-4  # measured: 3.6e-5, upstream's own float32 noise; the project's bound is 5e-4
 
-CONFIG = ModelConfig(
-    vocab_size=40,
-    hidden_size=16,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    mlp_size=24,
-    rope_theta=10_000.0,
-    norm_eps=1e-5,
-    qkv_bias=True,
-    mask_token_id=1,
-    eos_token_id=2,
-    pad_token_id=2,
-    max_length=64,
-)
+CONFIG = dataclasses.replace(TINY, qkv_bias=True)
 
 
 def random_model(dtype=jnp.float32):
