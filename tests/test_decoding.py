@@ -39,8 +39,6 @@ ROWS, PROMPT_MAX, GEN, BLOCK = 4, 12, 12, 4
 VOCAB, MASK, EOS = 24, 1, 2
 
 CONFIG = dataclasses.replace(TINY, vocab_size=VOCAB, qkv_bias=True)  # its mask and EOS are MASK and EOS
-    TINY, vocab_size=VOCAB, qkv_bias=True, mask_token_id=MASK, eos_token_id=EOS, pad_token_id=EOS
-)
 
 # ---- golden decodes ------------------------------------------------------------------------------------------------
 
