@@ -101,6 +101,12 @@ def get_config(variant: str = "full") -> ConfigDict:
         config.pretrain.update(steps=3200)
         config.pretrain.optimizer.learning_rate = 6e-3
         config.pretrain.noise.first_t_max = 1.0
+    elif variant == "arithmetic":
+        config.work = "runs/tiny/arithmetic"
+        config.init = "runs/tiny/finish/teacher"
+        config.tasks.update(chain=0.8, sudoku4=0.8, sort=1.2, countdown3=2.5, spell_backward=0.4, chain_sum=1.5)
+        config.pretrain.update(steps=4000, filler_weight=0.02)
+        config.pretrain.noise.update(first_t_max=1.0, weighting="uniform")
     elif variant == "autoregressive":
         config.work = "runs/tiny/autoregressive"
         config.pretrain.update(objective="autoregressive", steps=4000)
@@ -111,5 +117,5 @@ def get_config(variant: str = "full") -> ConfigDict:
         config.collect.update(num_prompts=960, shard_size=256)
         config.distill.update(steps=320, batch_size=32, checkpoint_every=80)
     elif variant != "full":
-        raise ValueError(f"configs/tiny.py:{variant} is unknown, allowed: full, finish, autoregressive, quick")
+        raise ValueError(f"configs/tiny.py:{variant} is unknown, allowed: full, finish, arithmetic, autoregressive, quick")
     return config
