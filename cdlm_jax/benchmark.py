@@ -5,7 +5,7 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,10 +19,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from cdlm_jax import evaluate
 from cdlm_jax.config import InputError
 from cdlm_jax.decoding.options import Options
+from cdlm_jax.decoding.progress import DecodeResult
 from cdlm_jax.evaluation.harness import (
     Answer,
     Case,
-    Decode,
     Spread,
     Timing,
     request,
@@ -159,12 +159,11 @@ def _swept(config: BenchmarkConfig, series: str, role: str, options: Options) ->
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What all methods share: cases, the width that prompts are padded to, response sizes, and each role's folder."""
+    """What all methods share: each role's folder and, in its tokens, the cases; and the sizes of a response."""
 
     config: BenchmarkConfig
     folders: dict[str, ModelFolder]
-    cases: list[Case]
-    width: int
+    cases: dict[str, list[Case]]
     sizes: dict[str, int]
 
     @classmethod
@@ -173,32 +172,45 @@ class Setting:
         folders = {role: ModelFolder.load(path) for role, path in paths.items() if path}
         if not folders:
             raise InputError("config names no model: give teacher, student or autoregressive")
-        tokenizers = {f.tokenizer.fingerprint() if f.tokenizer else None for f in folders.values()}
-        if len(tokenizers) > 1:
-            raise InputError(f"the models have different tokenizers: {', '.join(filter(None, paths.values()))}")
-        tokenizer = next(iter(folders.values())).tokenizer
-        cases = evaluate.cases(
-            tokenizer,
-            config.tasks,
-            config.data,
-            count=config.per_task,
-            allow_code_execution=config.allow_code_execution,
-        )
+        cases = {
+            role: evaluate.cases(
+                folder.tokenizer,
+                config.tasks,
+                config.data,
+                count=config.per_task,
+                allow_code_execution=config.allow_code_execution,
+            )
+            for role, folder in folders.items()
+        }
         sizes = {name: _size(config, folders, name) for name in ("gen_length", "block_size")}
-        return cls(config, folders, cases, max(len(case.ids) for case in cases), sizes)
+        return cls(config, folders, cases, sizes)
+
+    def width(self, role: str) -> int:
+        """What prompts are padded to."""
+        return max(len(case.ids) for case in self.cases[role])
+
+    def requests(self, role: str, count: int, size: int) -> list[tuple[jax.Array, jax.Array, jax.Array]]:
+        """`count` problems (at least) spread over all groups, in batches of `size`."""
+        cases, pad = self.cases[role], self.folders[role].model.config.pad_token_id
+        places = np.linspace(0, len(cases) - 1, -(-count // size) * size).astype(int)
+        batches = [[cases[place] for place in batch] for batch in places.reshape(-1, size)]
+        return [request(batch, self.width(role), pad, self.config.seed) for batch in batches]
 
     def options(self, method: Method) -> Options:
         return method.options.resolve(self.folders[method.role].metadata | self.sizes)
 
-    def decode(self, method: Method) -> Decode:
-        return partial(self.options(method).bind(), self.folders[method.role].model)
+    def calls(self, method: Method, count: int, size: int) -> list[Callable[[], DecodeResult]]:
+        """Decodes `requests`."""
+        decode = partial(self.options(method).bind(), self.folders[method.role].model)
+        return [partial(decode, *request) for request in self.requests(method.role, count, size)]
 
     def answer(self, method: Method, console: Console) -> list[Answer]:
         options = dataclasses.replace(self.options(method), seed=self.config.seed)
-        found = answer_all(self.folders[method.role], self.cases, options, self.config.batch_size)
+        cases = self.cases[method.role]
+        found = answer_all(self.folders[method.role], cases, options, self.config.batch_size)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         with Progress(*columns, console=console) as progress:
-            return list(progress.track(found, total=len(self.cases), description=f"{method.name:32}"))
+            return list(progress.track(found, total=len(cases), description=f"{method.name:32}"))
 
 
 def _size(config: BenchmarkConfig, folders: dict[str, ModelFolder], name: str) -> int:
@@ -222,12 +234,13 @@ def benchmark(config: BenchmarkConfig, console: Console) -> list[Measured]:
         raise InputError(f"config.headline_threshold must be one of {allowed}, got {config.headline_threshold:g}")
     if not any(method.headline for method in chosen):
         raise InputError("truncated has no row in the throughput sweep of its own: add naive to the methods")
-    decoders = {method.name: setting.decode(method) for method in chosen}  # what they refuse is refused now
+    for method in chosen:
+        setting.options(method)  # what a decoder refuses is refused now
+    problems = len(setting.cases[chosen[0].role])
     config.folder.mkdir(parents=True, exist_ok=True)
-    console.print(f"{len(chosen)} methods, {len(setting.cases)} problems; everything is written under {config.folder}")
-    latency = _latency(setting, decoders, console)
-    headlines = {method.name: decoders[method.name] for method in chosen if method.headline}
-    throughput = _throughput(setting, headlines, console)
+    console.print(f"{len(chosen)} methods, {problems} problems; everything is written under {config.folder}")
+    latency = _latency(setting, chosen, console)
+    throughput = _throughput(setting, [method for method in chosen if method.headline], console)
     results, samples = [], []
     for method in chosen:
         found = setting.answer(method, console)
@@ -235,56 +248,48 @@ def benchmark(config: BenchmarkConfig, console: Console) -> list[Measured]:
         results.append(Measured.of(name, method.series, options, found, latency[name], throughput.get(name)))
         if method.headline:
             samples.append(Order.of(name, found[0], setting.folders[method.role].tokenizer, options.block_size))
-    _write(setting, chosen[0], results, samples, console)
+    _write(setting, chosen[0].role, results, samples, console)
     return results
 
 
-def _latency(setting: Setting, decoders: dict[str, Decode], console: Console) -> dict[str, Timing]:
-    """Every decoder on single problems."""
-    requests = _requests(setting, setting.config.latency_problems, 1)
+def _latency(setting: Setting, chosen: Sequence[Method], console: Console) -> dict[str, Timing]:
+    """Every method on single problems."""
+    calls = {method.name: setting.calls(method, setting.config.latency_problems, 1) for method in chosen}
     with console.status(f"latency, one sequence at a time, {setting.config.repetitions} rounds"):
-        return timings(decoders, requests, setting.config.repetitions)
+        return timings(calls, setting.config.repetitions)
 
 
-def _throughput(setting: Setting, decoders: dict[str, Decode], console: Console) -> dict[str, dict[int, Spread]]:
+def _throughput(setting: Setting, chosen: Sequence[Method], console: Console) -> dict[str, dict[int, Spread]]:
     """Tokens before the first EOS per second, by batch size: the same problems, cut into batches."""
-    found: dict[str, dict[int, Spread]] = {name: {} for name in decoders}
+    found: dict[str, dict[int, Spread]] = {method.name: {} for method in chosen}
     for size in setting.config.batch_sizes:
-        requests = _requests(setting, max(setting.config.batch_sizes), size)
+        calls = {method.name: setting.calls(method, max(setting.config.batch_sizes), size) for method in chosen}
         with console.status(f"throughput, batch {size}, {setting.config.repetitions} rounds"):
-            timed = timings(decoders, requests, setting.config.repetitions)
-        for name, decode in decoders.items():
-            tokens = sum(int(decode(*request).lengths.sum()) for request in requests)
-            rounds = np.reshape(timed[name].calls, (setting.config.repetitions, len(requests))).sum(axis=1)
+            timed = timings(calls, setting.config.repetitions)
+        for name, own in calls.items():
+            tokens = sum(int(call().lengths.sum()) for call in own)
+            rounds = np.reshape(timed[name].calls, (setting.config.repetitions, len(own))).sum(axis=1)
             found[name][size] = spread(tokens / rounds)
     return found
-
-
-def _requests(setting: Setting, count: int, size: int) -> list[tuple[jax.Array, jax.Array, jax.Array]]:
-    """`count` problems (at least) spread over all groups, in batches of `size`."""
-    places = np.linspace(0, len(setting.cases) - 1, -(-count // size) * size).astype(int)
-    pad = next(iter(setting.folders.values())).model.config.pad_token_id
-    batches = [[setting.cases[place] for place in batch] for batch in places.reshape(-1, size)]
-    return [request(batch, setting.width, pad, setting.config.seed) for batch in batches]
 
 
 # ---- writing -------------------------------------------------------------------------------------------------------
 
 
 def _write(
-    setting: Setting, first: Method, results: Sequence[Measured], samples: Sequence[Order], console: Console
+    setting: Setting, role: str, results: Sequence[Measured], samples: Sequence[Order], console: Console
 ) -> None:
     config, folder = setting.config, setting.config.folder
     baseline = next((r.name for r in results if r.name == NAIVE), results[0].name)
     models = {
-        role: {"folder": getattr(config, role), "fingerprint": fingerprint(loaded.model)}
-        for role, loaded in setting.folders.items()
+        name: {"folder": getattr(config, name), "fingerprint": fingerprint(loaded.model)}
+        for name, loaded in setting.folders.items()
     }
     summary = {
         "environment": environment(),
         "config": dataclasses.asdict(config),
         "models": models,
-        "prompt_width": setting.width,
+        "prompt_width": {name: setting.width(name) for name in setting.folders},
         "results": [dataclasses.asdict(result) for result in results],
     }
     (folder / "results.json").write_text(json.dumps(summary, indent=2) + "\n")
@@ -294,16 +299,17 @@ def _write(
     plot_tradeoff(results, folder / "tradeoff.png")
     plot_latency(results, folder / "latency.png")
     plot_throughput(results, folder / "throughput.png")
-    model = setting.folders[first.role].model
+    model = setting.folders[role].model
     plot_roofline(
         model.config,
         folder / "roofline.png",
-        context=setting.width + setting.sizes["gen_length"],
+        context=setting.width(role) + setting.sizes["gen_length"],
         block_size=setting.sizes["block_size"],
         itemsize=model.embed[...].dtype.itemsize,
         device=jax.devices()[0].device_kind,
     )
-    plot_order(samples, folder / "order.png", f"When each token of the answer to {setting.cases[0].text} was finalized")
+    prompt = setting.cases[role][0].text
+    plot_order(samples, folder / "order.png", f"When each token of the answer to {prompt} was finalized")
     console.print(f"tables, plots and results.json: {folder}")
 
 

@@ -113,7 +113,8 @@ def report(
     decoders = {name: partial(options.bind(), model) for name, _, model, options in methods}
     with console.status("latency, one sequence at a time"):
         timed = cases[:: max(1, len(cases) // LATENCY_PROBLEMS)]
-        timing = timings(decoders, [request([case], width, config.pad_token_id) for case in timed])
+        requests = [request([case], width, config.pad_token_id) for case in timed]
+        timing = timings({name: [partial(decode, *one) for one in requests] for name, decode in decoders.items()})
     results = []
     for name, series, _, options in methods:
         if name not in answered:

@@ -6,10 +6,10 @@ The shipped teacher (cdlm_jax/pretrained/tiny_teacher) was trained by
     cdlm pretrain --config=configs/tiny.py:finish       # 3,200 more, heavier on what was still weak: 19 minutes
     cdlm pretrain --config=configs/tiny.py:arithmetic   # 4,000 more, where a short answer counts as much as a long one
 
-on 2 cores of an AMD EPYC, float32, JAX 0.10.2 (spell_backward and chain_sum: `pip install -e '.[reasoning]'`). Before the
-third run there were 4,000 steps of it with filler_weight 1, which left chain_sum at 45 % and countdown3 at 11 %; the run
-itself then took them to 95 % and 27 % (docs/method.md says why). Held-out accuracy, one token per step, 128 problems
-each: chain, sudoku4 and spell_backward 100 %, sort 98 %, chain_sum 95 %, countdown3 27 %, which was still rising.
+on 2 cores of an AMD EPYC, float32, JAX 0.10.2 (spell_backward and chain_sum: `pip install -e '.[reasoning]'`). Before
+the third run there were 4,000 steps of it with filler_weight 1, which left chain_sum at 45 % and countdown3 at 11 %;
+the run itself then took them to 95 % and 27 % (docs/method.md says why). Held-out accuracy, one token per step, 128
+problems each: chain, sudoku4 and spell_backward 100 %, sort 98 %, chain_sum 95 %, countdown3 27 %, and still rising.
 
 Students of it:
 
@@ -119,5 +119,7 @@ def get_config(variant: str = "full") -> ConfigDict:
         config.collect.update(num_prompts=960, shard_size=256)
         config.distill.update(steps=320, batch_size=32, checkpoint_every=80)
     elif variant != "full":
-        raise ValueError(f"configs/tiny.py:{variant} is unknown, allowed: full, finish, arithmetic, autoregressive, quick")
+        raise ValueError(
+            f"configs/tiny.py:{variant} is unknown, allowed: full, finish, arithmetic, autoregressive, quick"
+        )
     return config

@@ -16,6 +16,7 @@ from cdlm_jax.cli import main
 from cdlm_jax.config import InputError
 from cdlm_jax.evaluation.harness import Score
 from cdlm_jax.models.transformer import Transformer
+from cdlm_jax.tasks import CHARACTERS
 
 ALL = ("naive", "truncated", "dream", "dllm_cache", "fast_dllm", "autoregressive", "untrained", "cdlm")
 
@@ -167,12 +168,16 @@ def test_answers_are_compared_at_one_length(models, tmp_path):
     assert options["dream, entropy"].block_size is None
 
 
-def test_models_of_different_alphabets_are_refused(models, tmp_path):
-    folder = tiny_folder(0)
-    tokenizer = type(folder.tokenizer).characters("abc")
-    dataclasses.replace(folder, tokenizer=tokenizer).save(tmp_path / "other")
-    with pytest.raises(InputError, match="different tokenizers"):
-        Setting.load(make(models | {"student": str(tmp_path / "other")}, tmp_path))
+def test_each_model_reads_the_problems_in_its_own_tokens(models, tmp_path):
+    folder = causal_folder()
+    alphabet = "".join(sorted(CHARACTERS, reverse=True))
+    dataclasses.replace(folder, tokenizer=type(folder.tokenizer).characters(alphabet)).save(tmp_path / "other")
+    setting = Setting.load(make(models | {"autoregressive": str(tmp_path / "other")}, tmp_path))
+    teacher, other = setting.cases["teacher"], setting.cases["autoregressive"]
+    assert [case.text for case in teacher] == [case.text for case in other]
+    assert [case.ids for case in teacher] != [case.ids for case in other]
+    decoded = [setting.folders["autoregressive"].tokenizer.decode(list(case.ids)) for case in other]
+    assert decoded == [case.text for case in other]
 
 
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")

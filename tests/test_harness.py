@@ -1,6 +1,7 @@
 """Evaluation: one program for every batch, scores in the problems' order, and what each number means."""
 
 import dataclasses
+from functools import partial
 from types import SimpleNamespace
 
 import jax.numpy as jnp
@@ -136,7 +137,9 @@ def test_decoders_take_turns_and_compilation_is_left_out(encoder, monkeypatch):
 
     monkeypatch.setattr(harness, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
     requests = [request([case], WIDTH, pad=0) for case in problem_cases(encoder.tokenizer, PROBLEMS[:3])]
-    found = timings({"a": decoder("a", 64.0, 1.0), "b": decoder("b", 32.0, 0.25)}, requests, repetitions=2)
+    decoders = {"a": decoder("a", 64.0, 1.0), "b": decoder("b", 32.0, 0.25)}
+    calls = {name: [partial(decode, *one) for one in requests] for name, decode in decoders.items()}
+    found = timings(calls, repetitions=2)
     assert {name: timing.calls for name, timing in found.items()} == {"a": [1.0] * 6, "b": [0.25] * 6}
     assert (found["a"].compile, found["b"].compile) == (63.0, 31.75)
     assert log == ["a", "b"] * 8

@@ -148,23 +148,23 @@ class Timing:
     calls: list[float]
 
 
-def timings(decoders: dict[str, Decode], requests: Sequence[tuple], repetitions: int = 1) -> dict[str, Timing]:
-    """Every decoder on every request (prompts, prompt_lengths, keys), `repetitions` times, compile excluded.
+def timings(calls: dict[str, Sequence[Callable[[], DecodeResult]]], repetitions: int = 1) -> dict[str, Timing]:
+    """Every decoder's calls (as many for each), `repetitions` times, compile excluded.
 
-    The decoders take turns request by request, so that a drifting machine hurts all alike.
+    The decoders take turns call by call, so that a drifting machine hurts all alike.
     """
-    first, second = ({name: _seconds(d, requests[0]) for name, d in decoders.items()} for _ in range(2))
-    calls: dict[str, list[float]] = {name: [] for name in decoders}
+    first, second = ({name: _seconds(own[0]) for name, own in calls.items()} for _ in range(2))
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(repetitions):
-        for request in requests:
-            for name, decode in decoders.items():
-                calls[name].append(_seconds(decode, request))
-    return {name: Timing(max(0.0, first[name] - second[name]), calls[name]) for name in decoders}
+        for turn in zip(*calls.values(), strict=True):
+            for name, call in zip(calls, turn, strict=True):
+                seconds[name].append(_seconds(call))
+    return {name: Timing(max(0.0, first[name] - second[name]), seconds[name]) for name in calls}
 
 
-def _seconds(decode: Decode, request: tuple) -> float:
+def _seconds(call: Callable[[], DecodeResult]) -> float:
     begin = time.perf_counter()
-    jax.block_until_ready(decode(*request))
+    jax.block_until_ready(call())
     return time.perf_counter() - begin
 
 
