@@ -200,6 +200,10 @@ def _evaluate_flags(values: flags.FlagValues) -> None:
     data = "Files: 4x4 Sudoku, Countdown-3, or name=path of a benchmark; comma-separated."
     flags.DEFINE_list("data", None, data, flag_values=values)
     flags.DEFINE_bool("chat", True, "Use the folder's chat template for benchmarks, if it has one.", flag_values=values)
+    _code_flag(values)
+
+
+def _code_flag(values: flags.FlagValues) -> None:
     text = "Run the programs that the model writes for humaneval and mbpp, in a sandbox."
     flags.DEFINE_bool("allow_code_execution", False, text, flag_values=values)
 
@@ -209,6 +213,7 @@ def _benchmark_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_list("methods", None, "In place of config.methods, comma-separated.", flag_values=values)
     flags.DEFINE_list("task", None, "In place of config.tasks, comma-separated.", flag_values=values)
     flags.DEFINE_list("data", None, "In place of config.data: files of real problems.", flag_values=values)
+    _code_flag(values)
 
 
 def _export_flags(values: flags.FlagValues) -> None:
@@ -310,7 +315,11 @@ def _benchmark(values: flags.FlagValues) -> None:
     for name, flag in (("methods", "methods"), ("tasks", "task"), ("data", "data")):
         if values[flag].value is not None:
             settings[name] = tuple(values[flag].value)
-    benchmark(build(BenchmarkConfig, settings, "config"), _console())
+    settings["allow_code_execution"] |= values.allow_code_execution
+    config = build(BenchmarkConfig, settings, "config")
+    if config.allow_code_execution:
+        _warn_of_gaps()
+    benchmark(config, _console())
 
 
 def _lm_eval(arguments: list[str]) -> None:
