@@ -13,11 +13,11 @@ problems each: chain, sudoku4 and spell_backward 100 %, sort 98 %, chain_sum 95 
 
 Students of it:
 
-    cdlm collect --config=configs/tiny.py             # 9 minutes with the next; README.md has the results
-    cdlm distill --config=configs/tiny.py
+    cdlm collect --config=configs/tiny.py             # 5 minutes
+    cdlm distill --config=configs/tiny.py             # 12 minutes
     cdlm quickstart                                   # the variant `quick`: two tasks, in about 5 minutes
 
-The shipped student (`shipped/student`) is that of the first two lines: 500 steps on 4,096 trajectories. The causal
+The shipped student (`shipped/student`) is that of the first two lines; docs/benchmarks.md measures it. The causal
 model to compare with (`shipped/autoregressive`) had 4,000 steps of next-token prediction on the same mixture (35 min):
 
     cdlm pretrain --config=configs/tiny.py:autoregressive
@@ -74,9 +74,9 @@ def get_config(variant: str = "full") -> ConfigDict:
         },
         "noise": {"curriculum": 0.2, "first_t_max": 0.3, "min_t": 0.02, "weighting": "likelihood"},
     }
-    config.collect = {"num_prompts": 2048, "temperatures": (0.0, 0.5), "batch_size": 64, "shard_size": 512}
+    config.collect = {"num_prompts": 3072, "temperatures": (0.0, 0.5), "batch_size": 64, "shard_size": 512}
     config.distill = {
-        "steps": 500,
+        "steps": 1200,
         "batch_size": 48,
         "accumulate": 1,
         "checkpoint_every": 100,
