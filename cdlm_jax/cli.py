@@ -282,6 +282,7 @@ def _generate(values: flags.FlagValues) -> None:
 
 def _evaluate(values: flags.FlagValues) -> None:
     from cdlm_jax import evaluate
+    from cdlm_jax.evaluation.report import score_table
     from cdlm_jax.model_folder import ModelFolder
 
     if not values.task and not values.data:
@@ -298,7 +299,8 @@ def _evaluate(values: flags.FlagValues) -> None:
         chat=values.chat,
         allow_code_execution=values.allow_code_execution,
     )
-    _console().print(evaluate.table(evaluate.score(folder, cases, options, values.batch_size)))
+    scores = evaluate.score(folder, cases, options, values.batch_size)
+    _console().print(score_table(scores).rich())
 
 
 def _warn_of_gaps() -> None:

@@ -4,8 +4,6 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from rich.table import Table
-
 from cdlm_jax import tasks
 from cdlm_jax.config import InputError
 from cdlm_jax.decoding.options import Options
@@ -84,14 +82,3 @@ def _benchmark_cases(
 def score(folder: ModelFolder, cases: Sequence[Case], options: Options, batch_size: int) -> dict[str, Score]:
     """The score of every group of cases. `options` must be resolved."""
     return by_group(list(answer_all(folder, cases, options, batch_size)))
-
-
-def table(scores: dict[str, Score]) -> Table:
-    """One row per group."""
-    grid = Table("problems", "number", "accuracy", "forwards", "tokens/forward", header_style="bold")
-    for column in grid.columns[1:]:
-        column.justify = "right"
-    for name, score in scores.items():
-        accuracy, forwards = f"{100 * score.accuracy:.1f} %", f"{score.forwards:.2f}"
-        grid.add_row(name, str(score.problems), accuracy, forwards, f"{score.tokens_per_forward:.2f}")
-    return grid

@@ -8,8 +8,7 @@ import pytest
 
 from cdlm_jax import tasks
 from cdlm_jax.config import InputError
-from cdlm_jax.evaluate import cases, table
-from cdlm_jax.evaluation.harness import Score
+from cdlm_jax.evaluate import cases
 from cdlm_jax.tokenizers import Tokenizer
 
 TOKENIZER = Tokenizer.characters(string.printable + "’")
@@ -90,8 +89,3 @@ def test_programs_are_run_where_it_is_allowed():
     (case,) = cases(TOKENIZER, ["humaneval"], [], count=1, allow_code_execution=True)
     (problem,) = tasks.benchmark_named("humaneval").problems()[:1]
     assert case.check(problem.prompt + problem.answer) and not case.check("def has_close_elements(a, b): return None")
-
-
-def test_the_table_has_a_row_per_group():
-    grid = table({"chain": Score(8, accuracy=0.875, forwards=3.5, tokens=10.0, tokens_per_forward=2.857)})
-    assert [list(column.cells) for column in grid.columns] == [["chain"], ["8"], ["87.5 %"], ["3.50"], ["2.86"]]

@@ -4,6 +4,7 @@ import dataclasses
 import io
 
 import pytest
+from rich.box import HEAVY_HEAD
 from rich.console import Console
 from test_metrics import measured
 
@@ -37,9 +38,11 @@ MANY = [
 ]
 
 
-def printed(table) -> str:
+def printed(grid, width=160) -> str:
+    """As in a terminal, with lines around the cells to tell them apart."""
     out = io.StringIO()
-    Console(file=out, width=160).print(table)
+    grid.box, grid.pad_edge = HEAVY_HEAD, True
+    Console(file=out, width=width).print(grid)
     return out.getvalue()
 
 
@@ -150,9 +153,9 @@ def test_one_group_is_shown_once_and_throughput_only_if_measured():
 def test_long_group_names_are_whole_in_a_narrow_terminal():
     name = "dream_sudoku_4x4_with_a_long_name.jsonl"
     sheet = report.accuracy_table([measured(f"method {i}", {name: Score(1, 1.0, 1.0, 1.0, 1.0)}) for i in range(3)])
-    out = io.StringIO()
-    Console(file=out, width=40).print(sheet.rich())
-    cells = [line.split("┃")[2].strip() for line in out.getvalue().splitlines() if line.startswith("┃")]
+    cells = [
+        line.split("┃")[2].strip() for line in printed(sheet.rich(), width=40).splitlines() if line.startswith("┃")
+    ]
     assert "".join(cells) == name
 
 
@@ -165,3 +168,9 @@ def test_bad_benchmarks_are_refused():
     for table in (report.accuracy_table, report.aup_table):
         with pytest.raises(InputError, match="'odd' was scored on chain, but 'naive' on chain, sudoku"):
             table([*BENCHMARK, odd])
+
+
+def test_a_score_table_has_a_row_per_group():
+    sheet = report.score_table({"chain": Score(8, accuracy=0.875, forwards=3.5, tokens=10.0, tokens_per_forward=2.857)})
+    assert sheet.rows == [["chain", "8", "87.5 %", "3.50", "2.86"]]
+    assert "chain" in printed(sheet.rich()) and "tokens/" in printed(sheet.rich())

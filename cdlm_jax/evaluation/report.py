@@ -4,14 +4,16 @@ from collections.abc import Sequence
 from itertools import compress
 from typing import NamedTuple
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
 from cdlm_jax.config import InputError
-from cdlm_jax.evaluation.harness import Spread
+from cdlm_jax.evaluation.harness import Score, Spread
 from cdlm_jax.evaluation.metrics import Measured, groups_of, overall, series_aup
 
-WORDS = ("method", "series")  # columns of text; numbers are aligned to the right
+QUALITY = ("accuracy", "forwards", "tokens/forward")
+WORDS = ("method", "series", "problems")  # columns of text; numbers are aligned to the right
 
 
 class Sheet(NamedTuple):
@@ -23,11 +25,12 @@ class Sheet(NamedTuple):
     caption: str = ""
 
     def rich(self) -> Table:
-        grid = Table(header_style="bold", title_justify="left")
+        grid = Table(header_style="bold", title_justify="left", caption_justify="left", box=SIMPLE_HEAD, pad_edge=False)
         grid.title = Text(self.title, "bold") if self.title else None
         grid.caption = Text(self.caption) if self.caption else None
         for name in self.header:
-            grid.add_column(Text(name), justify="left" if name in WORDS else "right", overflow="fold")
+            side = "left" if name in WORDS else "right"
+            grid.add_column(Text(name.replace("/", "/\n")), justify=side, overflow="fold")
         for row in self.rows:
             grid.add_row(*map(Text, row))
         return grid
@@ -75,13 +78,11 @@ def comparison_table(results: Sequence[Measured], group: str | None, baseline: s
     scores = [overall(r.scores.values()) if group is None else r.scores[group] for r in results]
     reference = _named(results, baseline).latency_ms
     rated = any(result.throughput for result in results)
-    header = ["method", "accuracy", "forwards", "tokens/forward", "tokens", "latency", "speed-up", "tokens/s"]
+    header = ["method", *QUALITY, "tokens", "latency", "speed-up", "tokens/s"]
     rows = [
         [
             result.name,
-            _percent(score.accuracy),
-            f"{score.forwards:.2f}",
-            f"{score.tokens_per_forward:.2f}",
+            *_quality(score),
             f"{score.tokens:.1f}" if rated else "",
             milliseconds(result.latency_ms[0], result.latency_ms[1:]) if result.latency_ms else "",
             f"{reference[0] / result.latency_ms[0]:.1f}x" if reference and result.latency_ms else "",
@@ -101,6 +102,12 @@ def comparison_table(results: Sequence[Measured], group: str | None, baseline: s
     if "speed-up" in header:
         caption.append(f"speed-up against {baseline}")
     return Sheet(header, rows, group or "All problems", "; ".join(caption))
+
+
+def score_table(scores: dict[str, Score]) -> Sheet:
+    """One row per problem group, of one method."""
+    rows = [[group, str(score.problems), *_quality(score)] for group, score in scores.items()]
+    return Sheet(["problems", "number", *QUALITY], rows)
 
 
 def accuracy_table(results: Sequence[Measured]) -> Sheet:
@@ -149,6 +156,10 @@ def _named(results: Sequence[Measured], baseline: str) -> Measured:
     if baseline not in named:
         raise InputError(f"baseline {baseline!r} is not among the methods: {', '.join(named) or 'none given'}")
     return named[baseline]
+
+
+def _quality(score: Score) -> list[str]:
+    return [_percent(score.accuracy), f"{score.forwards:.2f}", f"{score.tokens_per_forward:.2f}"]
 
 
 def _percent(share: float) -> str:
