@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from cdlm_jax import evaluate
 from cdlm_jax.config import InputError
-from cdlm_jax.decoding.options import Options
+from cdlm_jax.decoding.options import DEFAULT_SIZES, Options, folder_size
 from cdlm_jax.decoding.progress import DecodeResult
 from cdlm_jax.evaluation.harness import (
     Answer,
@@ -82,6 +82,9 @@ class BenchmarkConfig:
         for name in ("per_task", "repetitions", "latency_problems", "batch_size"):
             if getattr(self, name) < 1:
                 raise InputError(f"config.{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("gen_length", "block_size"):
+            if getattr(self, name) < 0:
+                raise InputError(f"config.{name} must be positive, or 0 for the models' own, got {getattr(self, name)}")
         if not self.methods or not (self.tasks or self.data):
             raise InputError("config needs at least one of methods, and one of tasks or data")
         swept = {"truncated": "steps", "fast_dllm": "thresholds", "untrained": "thresholds", "cdlm": "thresholds"}
@@ -169,9 +172,10 @@ class Setting:
     @classmethod
     def load(cls, config: BenchmarkConfig) -> "Setting":
         paths = {role: getattr(config, role) for role in ("teacher", "student", "autoregressive")}
-        folders = {role: ModelFolder.load(path) for role, path in paths.items() if path}
+        used = {method.role for method in methods(config)}
+        folders = {role: ModelFolder.load(path) for role, path in paths.items() if path and role in used}
         if not folders:
-            raise InputError("config names no model: give teacher, student or autoregressive")
+            raise InputError(f"none of the methods {', '.join(config.methods)} has a model; give its folder")
         cases = {
             role: evaluate.cases(
                 folder.tokenizer,
@@ -215,19 +219,17 @@ class Setting:
 
 def _size(config: BenchmarkConfig, folders: dict[str, ModelFolder], name: str) -> int:
     """The configuration's, or else what the folders that name one agree on: answers are compared at one length."""
-    found = {role: folder.metadata[name] for role, folder in folders.items() if name in folder.metadata}
+    found = {role: size for role, folder in folders.items() if (size := folder_size(folder.metadata, name))}
     if not getattr(config, name) and len(set(found.values())) > 1:
         sizes = ", ".join(f"{role} {size}" for role, size in found.items())
         raise InputError(f"the models were made for different {name}s ({sizes}): set config.{name}")
-    return getattr(config, name) or next(iter(found.values()), {"gen_length": 256, "block_size": 32}[name])
+    return getattr(config, name) or next(iter(found.values()), DEFAULT_SIZES[name])
 
 
 def benchmark(config: BenchmarkConfig, console: Console) -> list[Measured]:
     """Measure every method, print the tables, write results.json, results.md and the plots under `work`."""
     setting = Setting.load(config)
     chosen = [method for method in methods(config) if method.role in setting.folders]
-    if not chosen:
-        raise InputError(f"none of the methods {', '.join(config.methods)} has a model; give its folder")
     swept = any(method.options.threshold is not None for method in chosen)
     if swept and config.headline_threshold not in config.thresholds:
         allowed = ", ".join(f"{tau:g}" for tau in config.thresholds)

@@ -80,10 +80,11 @@ def _parse(command: str, define: Callable[[flags.FlagValues], None], arguments: 
         path = argument.removeprefix("--config=").partition(":")[0]
         if argument.startswith("--config=") and not Path(path).is_file():
             raise InputError(f"no config file at {path}")
-    plain = [argument for argument in arguments if not argument.startswith("--config.")]
+    overrides = [argument for argument in arguments if argument.startswith("--config.")]
     try:
-        if plain != arguments:
-            _check_overrides(_parse(command, define, plain[1:]), arguments)
+        if overrides and all("=" in override for override in overrides):
+            plain = [argument for argument in arguments[1:] if argument not in overrides]
+            _check_overrides(_parse(command, define, plain), overrides)
         with _program_arguments(arguments):
             define(values)  # a config file that is the default is read here
             rest = values(arguments)[1:]
@@ -100,9 +101,7 @@ def _parse(command: str, define: Callable[[flags.FlagValues], None], arguments: 
 
 def _check_overrides(values: flags.FlagValues, arguments: list[str]) -> None:
     """Name an override of a key that the config file does not have."""
-    for argument in arguments:
-        if not argument.startswith("--config.") or "config" not in values:
-            continue
+    for argument in arguments if "config" in values else []:
         section, path = values.config, argument.partition("=")[0].removeprefix("--")
         for name in path.split(".")[1:]:
             if not isinstance(section, ConfigDict) or name not in section:

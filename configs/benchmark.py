@@ -1,4 +1,4 @@
-"""The benchmark table on the models shipped in the package: every decoder, all quickstart tasks (docs/benchmarks.md).
+"""The benchmark table on the models shipped in the package: every decoder, all six tiny tasks (docs/benchmarks.md).
 
 cdlm benchmark                                                 # this file; pip install -e '.[reasoning]' first
 cdlm benchmark --config=configs/benchmark.py:quick             # 64 problems per task, two tasks

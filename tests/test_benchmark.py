@@ -143,6 +143,7 @@ def test_methods_without_a_model_are_left_out(models, tmp_path):
         ({"per_task": 0}, "config.per_task must be at least 1, got 0"),
         ({"methods": ()}, "config needs at least one of methods, .*"),
         ({"tasks": ()}, "config needs at least one of methods, .*"),
+        ({"gen_length": -16}, "config.gen_length must be positive, or 0 for the models' own, got -16"),
         ({"thresholds": ()}, "config.thresholds is empty, and fast_dllm needs at least one"),
         ({"steps": ()}, "config.steps is empty, and truncated needs at least one"),
         ({"caches": ()}, "config.caches is empty, and fast_dllm needs at least one"),
@@ -166,6 +167,18 @@ def test_answers_are_compared_at_one_length(models, tmp_path):
     options = {method.name: setting.options(method) for method in methods(config)}
     assert {option.gen_length for option in options.values()} == {16}
     assert options["dream, entropy"].block_size is None
+
+
+def test_models_that_no_method_uses_are_not_read(models, tmp_path):
+    config = make(models | {"autoregressive": str(tmp_path / "nowhere")}, tmp_path, methods=("naive", "cdlm"))
+    assert set(Setting.load(config).folders) == {"teacher", "student"}
+
+
+def test_a_folder_with_an_impossible_size_is_refused(models, tmp_path):
+    folder = tiny_folder(0)
+    dataclasses.replace(folder, metadata=folder.metadata | {"gen_length": [16]}).save(tmp_path / "odd")
+    with pytest.raises(InputError, match=r"cdlm.gen_length must be a positive integer, got \[16\]"):
+        Setting.load(make(models | {"teacher": str(tmp_path / "odd")}, tmp_path, gen_length=0))
 
 
 def test_each_model_reads_the_problems_in_its_own_tokens(models, tmp_path):

@@ -94,7 +94,7 @@ def load(path, *variant):
     return module.get_config(*variant)
 
 
-@pytest.mark.parametrize("variant", ["full", "finish", "arithmetic", "autoregressive", "quick"])
+@pytest.mark.parametrize("variant", ["full", "finish", "uniform", "arithmetic", "autoregressive", "quick"])
 def test_the_tiny_config_is_a_recipe(variant):
     recipe = build(Recipe, load(CONFIGS / "tiny.py", variant), "config")
     assert recipe.gen_length % recipe.block_size == 0

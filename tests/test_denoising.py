@@ -16,6 +16,7 @@ from cdlm_jax.config import InputError
 from cdlm_jax.data import Encoder, ProblemMixture, problem_batches
 from cdlm_jax.models.transformer import Transformer
 from cdlm_jax.tokenizers import Tokenizer
+from cdlm_jax.training import causal
 from cdlm_jax.training.denoising import make_loss
 from cdlm_jax.training.optimizer import OptimizerConfig, make_optimizer
 from cdlm_jax.training.pretrain import NoiseSchedule, PretrainConfig
@@ -154,6 +155,28 @@ def test_the_loss_is_that_of_a_float64_twin(alignment, weighting, filler_weight)
     expected = plain_masked_denoising(model, batch, masked, divisor, filler_weight=filler_weight)
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
     assert metrics == {}
+
+
+def test_the_causal_loss_is_the_mean_over_each_answer():
+    """Next-token prediction: a token is scored by the row before it, which sees nothing later; filler is not scored."""
+    rng = np.random.default_rng(1)
+    config = dataclasses.replace(CONFIG, family="llama", logit_alignment="shifted", mask_token_id=None)
+    model = Transformer(config, rngs=nnx.Rngs(0))
+    batch = random_prompts(rng) | {"answer": rng.integers(3, CONFIG.vocab_size, (ROWS, LENGTH), dtype=np.int32)}
+    batch["answer"][1:, 2:] = CONFIG.eos_token_id  # the first answer has no EOS
+    graphdef, trainable, rest = nnx.split(model, nnx.Param, ...)
+    loss, _ = causal.make_loss(graphdef)(trainable, rest, batch, None, jnp.int32(0))
+    expected = []
+    for row, length in enumerate(batch["prompt_length"]):
+        tokens, counted = [*batch["prompt"][row, :length], *batch["answer"][row]], LENGTH if row == 0 else 3
+        nll = []
+        for i in range(length, length + counted):  # one prefix at a time: the last row predicts the next token
+            log_q = log_softmax(
+                wide(model.unembed(model(jnp.array([tokens[:i]]), visible_end=jnp.arange(1, i + 1)[None])))
+            )
+            nll.append(-log_q[0, -1, tokens[i]])
+        expected.append(np.mean(nll))
+    np.testing.assert_allclose(loss, np.mean(expected), rtol=1e-5)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", pytest.param("muon", marks=pytest.mark.slow)])

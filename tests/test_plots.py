@@ -1,6 +1,7 @@
 """Plots show every number, legibly."""
 
 import struct
+from fractions import Fraction
 from itertools import combinations
 from unittest import mock
 
@@ -222,6 +223,17 @@ def test_a_series_has_one_colour_in_all_plots():
 def test_every_series_looks_different():
     looks = plots._looks(f"series {i}" for i in range(70)).values()
     assert len({(look["color"], look["marker"]) for look in looks}) == 70
+
+
+@pytest.mark.parametrize("least, most", [(0.05, 10.0), (0.3, 6.0), (1.0, 2.0)])
+def test_powers_of_two_have_room(least, most):
+    """A few ticks whatever the range, the first and the last at its ends; below 1 they are fractions."""
+    axes = Figure().add_subplot()
+    plots._powers_of_two(axes, [least, most])
+    ticks, labels = axes.get_xticks(), [label.get_text() for label in axes.get_xticklabels()]
+    assert 2 <= len(ticks) <= plots.MOST_TICKS and axes.get_xlim() == (ticks[0], ticks[-1])
+    assert ticks[0] <= least and most <= ticks[-1]
+    assert [float(Fraction(label)) for label in labels] == list(ticks)
 
 
 def test_roofline_points_lie_on_the_roofs():

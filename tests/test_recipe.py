@@ -20,7 +20,7 @@ from test_model_folder import BLOCK_SIZE, GEN_LENGTH, PROMPT_LENGTH, contents, t
 
 from cdlm_jax import recipe as stages
 from cdlm_jax.cli import main
-from cdlm_jax.config import build
+from cdlm_jax.config import InputError, build
 from cdlm_jax.model_folder import ModelFolder
 from cdlm_jax.quickstart import quickstart
 from cdlm_jax.recipe import Recipe
@@ -94,6 +94,19 @@ def continued(finished: Path, work: Path) -> Recipe:
 
 
 # ---- stages --------------------------------------------------------------------------------------------------------
+
+
+def test_pretraining_a_causal_model(tmp_path, finished):
+    pretrain = SETTINGS["pretrain"] | {"steps": 2, "objective": "autoregressive"}
+    recipe = make_recipe(tmp_path, heldout_per_task=2, pretrain=pretrain)
+    model = stages.pretrain(recipe)
+    assert model.model.config.causal and model.metadata["role"] == "autoregressive"
+    assert ModelFolder.load(tmp_path / "autoregressive").metadata == model.metadata
+    assert metrics(tmp_path / "pretrain")[-1]["heldout/forwards"] <= GEN_LENGTH
+    with pytest.raises(InputError, match="is a causal model, which objective masked_denoising cannot train"):
+        stages.pretrain(make_recipe(tmp_path / "other", init=str(tmp_path / "autoregressive")))
+    with pytest.raises(InputError, match="is a bidirectional model, which objective autoregressive cannot train"):
+        stages.pretrain(dataclasses.replace(recipe, work=str(tmp_path / "third"), init=str(finished / "teacher")))
 
 
 def test_pretraining(finished):

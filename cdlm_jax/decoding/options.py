@@ -14,6 +14,16 @@ DECODERS = {module.__name__.rpartition(".")[2]: module for module in (naive, dre
 }
 ROLES = {"teacher": "naive", "student": "cdlm", "autoregressive": "autoregressive"}
 
+DEFAULT_SIZES = {"gen_length": 256, "block_size": 32}
+
+
+def folder_size(metadata: dict[str, Any], name: str) -> int | None:
+    """What a model folder says of a size of DEFAULT_SIZES, None if nothing."""
+    size = metadata.get(name)
+    if size is not None and (type(size) is not int or size < 1):
+        raise InputError(f"config.json: cdlm.{name} must be a positive integer, got {size!r}")
+    return size
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
@@ -46,18 +56,15 @@ class Options:
 
     def resolve(self, metadata: dict[str, Any], *, causal: bool = False) -> "Options":
         """With the folder's own sizes and decoder. causal: the model is autoregressive."""
-        for name in ("gen_length", "block_size"):
-            size = metadata.get(name, 1)
-            if type(size) is not int or size < 1:
-                raise InputError(f"config.json: cdlm.{name} must be a positive integer, got {size!r}")
+        sizes = {name: folder_size(metadata, name) or default for name, default in DEFAULT_SIZES.items()}
         role = metadata.get("role", "autoregressive" if causal else "teacher")
         if role not in list(ROLES):
             raise InputError(f"config.json: cdlm.role must be one of {', '.join(ROLES)}, got {role!r}")
         resolved = dataclasses.replace(
-            self, decoder=self.decoder or ROLES[role], gen_length=self.gen_length or metadata.get("gen_length", 256)
+            self, decoder=self.decoder or ROLES[role], gen_length=self.gen_length or sizes["gen_length"]
         )
         if resolved.block_size is None and "block_size" in resolved._known():
-            resolved = dataclasses.replace(resolved, block_size=metadata.get("block_size", 32))
+            resolved = dataclasses.replace(resolved, block_size=sizes["block_size"])
         resolved.bind()  # what the decoder refuses is refused now
         return resolved
 

@@ -30,7 +30,7 @@ DPI = 150
 HALO = withStroke(linewidth=2.5, foreground="white")
 FIGURE_SPACE = "\u2007"  # as wide as a digit
 WIDE_RANGE = 20  # largest over smallest value, from which on a scale is logarithmic
-MOST_TICKS = 5  # of a panel's x axis: more would run into each other
+MOST_TICKS = 6  # of a panel's x axis: more would run into each other
 BATCHES = (1, 2, 4, 8, 16)
 
 # ---- style ---------------------------------------------------------------------------------------------------------
@@ -81,7 +81,7 @@ def _powers_of_two(axes: Axes, values: Iterable[float]) -> None:
     """A logarithmic x axis over the values, which begins and ends at a tick."""
     exponents = [math.log2(value) for value in values if value > 0] or [0]
     first, last = math.floor(min(exponents) - 0.1), math.ceil(max(exponents) + 0.1)
-    every = math.ceil((last - first) / MOST_TICKS)
+    every = math.ceil((last - first) / (MOST_TICKS - 1))
     last += -(last - first) % every
     axes.set_xlim(2.0**first, 2.0**last)
     axes.set_xscale("log", base=2)

@@ -11,9 +11,9 @@ from cdlm_jax.visibility import row_end
 
 
 def make_loss(graphdef: nnx.GraphDef, config: PretrainConfig):
-    """The `LossFn`: E_t[1/t * sum over masked of share * -log p(answer)] under full attention, t from `config.noise`.
+    """The `LossFn`: E_t[sum over masked of share * -log p(answer) / divisor(t)] under full attention.
 
-    share is 1 / L, or less for EOS after the first (`config.filler_weight`).
+    t and divisor are those of `config.noise`; the shares of a row sum to 1 (`losses.answer_share`).
 
     batch: {prompt [rows, P_max], prompt_length [rows], answer [rows, L]}.
     """

@@ -91,7 +91,7 @@ def masked_denoising_loss(
       head: [d, V].
       targets: int32 [rows, L], the ground-truth response.
       masked: bool [rows, L].
-      t: float32 [rows], the masking probability of each row, > 0.
+      t: float32 [rows], the masking probability of each row, > 0 (or what else to divide its terms by).
       share: float32 [rows, L], what each position is of its row's mean, in place of 1 / L (`answer_share`).
 
     Returns:

@@ -19,7 +19,7 @@ class NoiseSchedule:
     """Mask ratios t ~ U(0, t_max).
 
     t_max grows from `first_t_max` to 1 over the first `curriculum` share of the steps.
-    weighting: of a masked token. `likelihood` is 1 / t, not above 1 / min_t: the loss bounds the likelihood (LLaDA).
+    weighting: of a masked token. `likelihood` is 1 / t, not above 1 / min_t: LLaDA's bound of the likelihood.
         `uniform` counts all alike, as MaskGIT does (2202.04200): the gradient varies less, which tiny models need for
         arithmetic.
     """
