@@ -12,6 +12,7 @@ from cdlm_jax.decoding.progress import DecodeResult, Progress, block_step, take_
 from cdlm_jax.decoding.sampling import Sampling
 from cdlm_jax.models.cache import KVCache
 from cdlm_jax.models.transformer import Transformer
+from cdlm_jax.sharding import by_rows
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,6 +46,7 @@ def generate(
 
 @partial(jax.jit, static_argnames="config")
 def _generate(model, prompts, prompt_lengths, key, config: Config) -> DecodeResult:
+    prompts, prompt_lengths = by_rows((prompts, prompt_lengths))
     rows, prompt_size = prompts.shape
     eos = model.config.eos_token_id
     cache = KVCache.create(model.config, rows, prompt_size + config.gen_length, model.embed[...].dtype)

@@ -18,6 +18,7 @@ from cdlm_jax.decoding.progress import DecodeResult, Progress, block_step, take_
 from cdlm_jax.decoding.unmask import Threshold, Unmask
 from cdlm_jax.models.cache import KVCache
 from cdlm_jax.models.transformer import Transformer
+from cdlm_jax.sharding import by_rows
 from cdlm_jax.visibility import visible_end_at
 
 
@@ -72,6 +73,7 @@ def generate(
 
 @partial(jax.jit, static_argnames="config")
 def _generate(model, prompts, prompt_lengths, key, config: Config) -> DecodeResult:
+    prompts, prompt_lengths = by_rows((prompts, prompt_lengths))
     step = partial(decode_step, model, prompt_lengths, key, config)
     progress, _ = until_done(step, prefill(model, prompts, prompt_lengths, config))
     return progress.result(model.config.eos_token_id)

@@ -12,6 +12,7 @@ from cdlm_jax.decoding.sampling import gumbel_noise, measure, without
 from cdlm_jax.decoding.unmask import Unmask
 from cdlm_jax.kernels.vocab import Confidence, confidence
 from cdlm_jax.models.transformer import Transformer
+from cdlm_jax.sharding import by_rows, check_model, check_rows, whole
 from cdlm_jax.visibility import row_end
 
 # ---- rows ----------------------------------------------------------------------------------------------------------
@@ -59,7 +60,7 @@ def step_keys(key: jax.Array, progress: Progress) -> jax.Array:
     """
     rows = progress.block.shape[0]
     fold = jax.vmap(jax.random.fold_in)
-    keys = key if key.ndim else jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows))
+    keys = by_rows(key if key.ndim else jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows)))
     return fold(fold(keys, progress.block), progress.step)
 
 
@@ -82,7 +83,7 @@ def predict(
     mask_id = model.config.mask_token_id
     if temperature == 0 and not banned and not unsure:
         return confidence(hidden, model.head, forbidden=mask_id)
-    logits = model.unembed(hidden).at[..., list(banned)].set(-jnp.inf)
+    logits = whole(model.unembed(hidden)).at[..., list(banned)].set(-jnp.inf)
     scores = logits
     if temperature > 0:
         scores = logits / temperature + jax.vmap(lambda key: gumbel_noise(key, logits.shape[1:]))(keys)
@@ -139,6 +140,8 @@ def check_prompts(model: ModelConfig, prompts, prompt_lengths, gen_length: int, 
         )
     if not prompts.shape[0]:
         raise InputError("there are no prompts: prompts has 0 rows")
+    check_model(model)
+    check_rows(prompts.shape[0])
     if prompts.shape[1] + gen_length > model.max_length:
         raise InputError(
             f"prompt {prompts.shape[1]} + gen_length {gen_length} exceeds the model's {model.max_length} positions"

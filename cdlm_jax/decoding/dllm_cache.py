@@ -12,6 +12,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from cdlm_jax import sharding
 from cdlm_jax.config import InputError, is_count
 from cdlm_jax.decoding.common import (
     append_response,
@@ -26,6 +27,7 @@ from cdlm_jax.decoding.progress import DecodeResult, Progress, block_step, take_
 from cdlm_jax.decoding.unmask import Quota
 from cdlm_jax.kernels.block_attention import block_attention
 from cdlm_jax.models.transformer import Layer, Transformer, rotary
+from cdlm_jax.sharding import by_rows
 from cdlm_jax.visibility import row_end
 
 
@@ -70,9 +72,8 @@ class Features:
 
     def put(self, at: jax.Array, **features: jax.Array) -> "Features":
         """New features of one layer at positions at [rows, Q]; those past the end are dropped."""
-        rows = jnp.arange(at.shape[0])[:, None]
-        new = {name: getattr(self, name).at[rows, at].set(value, mode="drop") for name, value in features.items()}
-        return dataclasses.replace(self, **new)
+        put = jax.vmap(lambda old, at, new: old.at[at].set(new, mode="drop"))
+        return dataclasses.replace(self, **{name: put(getattr(self, name), at, new) for name, new in features.items()})
 
 
 def generate(
@@ -88,10 +89,12 @@ def generate(
 
 @partial(jax.jit, static_argnames="config")
 def _generate(model, prompts, prompt_lengths, config: Config) -> DecodeResult:
+    prompts, prompt_lengths = by_rows((prompts, prompt_lengths))
     rows, width = prompts.shape[0], prompts.shape[1] + config.gen_length
     shape, dtype = (model.config.num_layers, rows, width), model.embed[...].dtype
-    heads = jnp.zeros((*shape, model.config.num_kv_heads, model.config.head_dim), dtype)
-    stream = jnp.zeros((*shape, model.config.hidden_size), dtype)
+    axes, kv_heads = ("layers", "rows", "length", "kv_heads"), model.config.num_kv_heads
+    heads = sharding.put(jnp.zeros((*shape, kv_heads, model.config.head_dim), dtype), *axes, kv_heads=kv_heads)
+    stream = sharding.put(jnp.zeros((*shape, model.config.hidden_size), dtype), *axes[:3])
     progress = Progress.start(rows, config.gen_length, model.config.mask_token_id)
     step = partial(
         block_step,
@@ -122,7 +125,7 @@ def _forward(model, prompt_lengths, prompt_size: int, config: Config, prompt: bo
     """A forward that computes the prompt and the response anew, or not: hidden [rows, S, d], features."""
     run = partial(_layer, model, prompt_lengths, prompt_size, config)
     first, rest = (jax.tree.map(lambda x, part=part: x[part], (model.layers, features)) for part in (0, slice(1, None)))
-    x, kept_first = run(True, True, model.embed[...][tokens], first)
+    x, kept_first = run(True, True, model.embed_tokens(tokens), first)
     x, kept_rest = jax.lax.scan(partial(run, prompt, response), x, rest)
     kept = jax.tree.map(lambda one, others: jnp.concatenate([one[None], others]), kept_first, kept_rest)
     return model.final_norm(x), kept

@@ -13,6 +13,7 @@ from cdlm_jax.decoding.progress import DecodeResult, Progress, block_step, until
 from cdlm_jax.decoding.sampling import Sampling
 from cdlm_jax.decoding.unmask import Timesteps, top
 from cdlm_jax.models.transformer import Transformer
+from cdlm_jax.sharding import by_rows
 
 Algorithm = Literal["origin", "maskgit_plus", "topk_margin", "entropy"]
 
@@ -69,6 +70,7 @@ def generate(
 
 @partial(jax.jit, static_argnames="config")
 def _generate(model, prompts, prompt_lengths, key, config: Config) -> DecodeResult:
+    prompts, prompt_lengths = by_rows((prompts, prompt_lengths))
     size = config.gen_length  # the response is one block
 
     def forward(progress, carry):

@@ -29,6 +29,7 @@ from cdlm_jax.decoding.progress import DecodeResult, Progress, block_step, take_
 from cdlm_jax.decoding.unmask import Allowance, Factor, FirstThen, Quota, Threshold, Timesteps, Unmask
 from cdlm_jax.models.cache import KVCache
 from cdlm_jax.models.transformer import Transformer
+from cdlm_jax.sharding import by_rows
 from cdlm_jax.visibility import row_end
 
 
@@ -109,6 +110,7 @@ def generate(
 
 @partial(jax.jit, static_argnames="config")
 def _generate(model, prompts, prompt_lengths, config: Config) -> DecodeResult:
+    prompts, prompt_lengths = by_rows((prompts, prompt_lengths))
     rows, alignment = prompts.shape[0], model.config.logit_alignment
     size = config.size(alignment)
     progress = Progress.start(rows, config.gen_length, model.config.mask_token_id)

@@ -21,6 +21,7 @@ from cdlm_jax.decoding.common import (
 from cdlm_jax.decoding.progress import DecodeResult, Progress, block_step, until_done
 from cdlm_jax.decoding.unmask import Quota, Unmask
 from cdlm_jax.models.transformer import Transformer
+from cdlm_jax.sharding import by_rows
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,6 +97,7 @@ def decode(
     keep_hidden: bool = False,
 ) -> tuple[Progress, jax.Array | None]:
     """The whole decode loop: the final Progress and, if asked, the hidden rows that finalized [rows, L, d]."""
+    prompts, prompt_lengths = by_rows((prompts, prompt_lengths))
     size = config.block_size
 
     def forward(progress, kept):
@@ -116,7 +118,7 @@ def decode(
     rows = prompts.shape[0]
     kept = None
     if keep_hidden:
-        kept = jnp.zeros((rows, config.gen_length, model.config.hidden_size), model.embed[...].dtype)
+        kept = by_rows(jnp.zeros((rows, config.gen_length, model.config.hidden_size), model.embed[...].dtype))
     step = partial(
         block_step,
         forward=forward,

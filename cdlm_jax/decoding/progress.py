@@ -8,6 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from cdlm_jax.sharding import by_rows
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -46,9 +48,9 @@ class Progress:
 
     @classmethod
     def start(cls, rows: int, gen_length: int, mask_token_id: int) -> "Progress":
-        zeros = jnp.zeros(rows, jnp.int32)
-        unset = jnp.full((rows, gen_length), -1, jnp.int32)
-        return cls(jnp.full_like(unset, mask_token_id), unset, zeros, zeros, zeros, jnp.zeros(rows, bool))
+        zeros = by_rows(jnp.zeros(rows, jnp.int32))
+        unset = by_rows(jnp.full((rows, gen_length), -1, jnp.int32))
+        return cls(jnp.full_like(unset, mask_token_id), unset, zeros, zeros, zeros, jnp.zeros_like(zeros, bool))
 
     def block_tokens(self, size: int, offset: int = 0) -> jax.Array:
         """Tokens of the block `offset` after the current one: [rows, size]."""

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from cdlm_jax.config import InputError, is_count
 from cdlm_jax.kernels.vocab import Confidence, confidence
 from cdlm_jax.models.transformer import Transformer
+from cdlm_jax.sharding import pieces, whole
 
 ROWS_AT_ONCE = 32  # hidden rows whose logits exist together
 
@@ -45,15 +46,20 @@ class Sampling:
         if self.temperature > 0:
             places = jax.vmap(lambda key: jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(size)))(keys)
         else:
-            places = jnp.zeros((rows, size))
+            places = jnp.zeros_like(hidden[..., 0])
 
         def one(given):
             hidden_row, key = given
-            return self._answer(model.unembed(hidden_row), key, forbidden)
+            return self._answer(whole(model.unembed(hidden_row)), key, forbidden)
 
-        flat = jax.tree.map(lambda x: x.reshape(rows * size, *x.shape[2:]), (hidden, places))
-        answers = jax.lax.map(one, flat, batch_size=min(ROWS_AT_ONCE, rows * size))
-        return jax.tree.map(lambda x: x.reshape(rows, size), answers)
+        # Every device goes through its own rows: [rows, size] -> [rows of a device * size, devices].
+        devices = pieces(hidden, 0)
+        own = jax.tree.map(
+            lambda x: x.reshape(rows * size, *x.shape[2:]).reshape(devices, -1, *x.shape[2:]).swapaxes(0, 1),
+            (hidden, places),
+        )
+        answers = jax.lax.map(jax.vmap(one), own, batch_size=min(ROWS_AT_ONCE, rows * size // devices))
+        return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(rows * size).reshape(rows, size), answers)
 
     def _answer(self, logits: jax.Array, key: jax.Array, forbidden: int | None) -> Confidence:
         """logits [V] -> Confidence of scalars."""

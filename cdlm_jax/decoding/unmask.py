@@ -133,7 +133,8 @@ class Timesteps:
 
     def share(self, step: jax.Array) -> jax.Array:
         """1 - s / t of each row's step, float32 [rows]; 1 at the last step."""
-        return jnp.asarray(self._shares())[jnp.clip(step, 0, self.steps - 1)]
+        at = jnp.clip(step, 0, self.steps - 1)
+        return jnp.asarray(self._shares()).at[at].get(out_sharding=jax.typeof(at).sharding)
 
     def count(self, masked: jax.Array, step: jax.Array) -> jax.Array:
         """Positions that each row finalizes at its step: int32 [rows]; truncated products in float32, as upstream."""
@@ -194,7 +195,8 @@ def top(score: jax.Array, masked: jax.Array, count: jax.Array) -> jax.Array:
 def ranks(score: jax.Array, masked: jax.Array) -> jax.Array:
     """Rank of each masked position by falling score, 0 the best; the others come last: [rows, B] int32."""
     # Masked positions come first whatever their score: a NaN must not keep a decode from ending.
-    order = jnp.lexsort((-score, ~masked), axis=1)
+    places = jnp.zeros_like(masked, jnp.int32) + jnp.arange(masked.shape[1])
+    *_, order = jax.lax.sort((~masked, -score, places), dimension=1, num_keys=2)
     return jnp.argsort(order, axis=1, stable=True)
 
 

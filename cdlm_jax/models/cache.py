@@ -5,7 +5,18 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from cdlm_jax import sharding
 from cdlm_jax.config import ModelConfig
+
+# Into [layers, rows, slots, ...] at (layer, slot) of each row. With rows as a batching dimension the write stays on the
+# device that holds the row, which `.at[layer, rows, slots]` leaves open.
+_BY_ROW = jax.lax.ScatterDimensionNumbers(
+    update_window_dims=(2, 3),
+    inserted_window_dims=(0, 2),
+    scatter_dims_to_operand_dims=(0, 2),
+    operand_batching_dims=(1,),
+    scatter_indices_batching_dims=(0,),
+)
 
 
 @jax.tree_util.register_dataclass
@@ -25,15 +36,17 @@ class KVCache:
     @classmethod
     def create(cls, config: ModelConfig, rows: int, slots: int, dtype) -> "KVCache":
         shape = (config.num_layers, rows, slots, config.num_kv_heads, config.head_dim)
-        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(rows, jnp.int32))
+        axes = ("layers", "rows", "length", "kv_heads", None)
+        empty = sharding.put(jnp.zeros(shape, dtype), *axes, kv_heads=config.num_kv_heads)
+        return cls(empty, empty, sharding.by_rows(jnp.zeros(rows, jnp.int32)))
 
     def write(self, layer: jax.Array, k: jax.Array, v: jax.Array, slots: jax.Array) -> "KVCache":
         """Put k, v [rows, Q, kv_heads, head_dim] of one layer at slots [rows, Q]; slots out of range are dropped."""
-        at = (layer, jnp.arange(slots.shape[0])[:, None], slots)
+        at = jnp.stack([jnp.full_like(slots, layer), slots], axis=-1)  # [rows, Q, 2]
         return dataclasses.replace(
             self,
-            k=self.k.at[at].set(k.astype(self.k.dtype), mode="drop"),
-            v=self.v.at[at].set(v.astype(self.v.dtype), mode="drop"),
+            k=jax.lax.scatter(self.k, at, k.astype(self.k.dtype), _BY_ROW, mode="drop"),
+            v=jax.lax.scatter(self.v, at, v.astype(self.v.dtype), _BY_ROW, mode="drop"),
         )
 
     def commit(self, length: jax.Array) -> "KVCache":

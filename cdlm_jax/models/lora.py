@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from cdlm_jax import sharding
 from cdlm_jax.config import InputError
 from cdlm_jax.models.transformer import Linear, Transformer
 
@@ -28,7 +29,8 @@ class Adapter(nnx.Module):
         self.scale = alpha / rank
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return (x @ self.a[...].astype(x.dtype)) @ self.b[...].astype(x.dtype) * self.scale
+        inner = sharding.matmul(x, self.a[...].astype(x.dtype))
+        return sharding.matmul(inner, self.b[...].astype(x.dtype)) * self.scale
 
 
 def attach(model: Transformer, *, rank: int, alpha: float, key: jax.Array) -> Transformer:
@@ -44,7 +46,7 @@ def attach(model: Transformer, *, rank: int, alpha: float, key: jax.Array) -> Tr
         if linear.adapter is not None:
             raise InputError("the model has LoRA adapters already; merge them first")
         linear.adapter = Adapter(linear.kernel.shape, rank=rank, alpha=alpha, key=adapter_key)
-    return model
+    return sharding.shard(model)
 
 
 def merge(model: Transformer) -> Transformer:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from cdlm_jax import sharding
 from cdlm_jax.config import ModelConfig
 from cdlm_jax.kernels.block_attention import block_attention
 from cdlm_jax.models.cache import KVCache
@@ -22,7 +23,7 @@ class Linear(nnx.Module):
         self.adapter = nnx.data(None)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = x @ self.kernel[...].astype(x.dtype)
+        y = sharding.matmul(x, self.kernel[...].astype(x.dtype))
         if self.bias is not None:
             y += self.bias[...].astype(x.dtype)
         if self.adapter is not None:
@@ -129,7 +130,12 @@ class Transformer(nnx.Module):
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """hidden [..., d] -> logits float32 [..., V]."""
         with jax.named_scope("unembed"):
-            return jnp.einsum("...d,dv->...v", hidden, self.head, preferred_element_type=jnp.float32)
+            head = sharding.gathered(self.head, "fsdp")
+            return jnp.einsum("...d,dv->...v", hidden, head, preferred_element_type=jnp.float32)
+
+    def embed_tokens(self, tokens: jax.Array) -> jax.Array:
+        """tokens [rows, S] int32 -> [rows, S, d]."""
+        return sharding.lookup(self.embed[...], tokens)
 
     def __call__(
         self,
@@ -146,11 +152,10 @@ class Transformer(nnx.Module):
         predicts). positions [rows, S] default to 0..S-1; visible_end [rows, S] defaults to full bidirectional
         attention; valid_start [rows] hides left padding. `remat` recomputes each layer in a backward pass.
         """
-        rows, length = tokens.shape
         if positions is None:
-            positions = jnp.broadcast_to(jnp.arange(length), (rows, length))
+            positions = jnp.arange(tokens.shape[1])[None]
         if visible_end is None:
-            visible_end = jnp.full((rows, length), length, jnp.int32)
+            visible_end = jnp.full_like(tokens, tokens.shape[1], jnp.int32)
         angles = rotary(positions, self.config.head_dim, self.config.rope_theta)
 
         def step(x, layer):
@@ -160,7 +165,7 @@ class Transformer(nnx.Module):
             return layer.update(x, attended), None
 
         step = jax.checkpoint(step) if remat else step
-        x, _ = jax.lax.scan(step, self.embed[...][tokens], self.layers)
+        x, _ = jax.lax.scan(step, self.embed_tokens(tokens), self.layers)
         return self.final_norm(x)
 
     def extend(
@@ -195,5 +200,5 @@ class Transformer(nnx.Module):
             return (layer.update(x, attended), cache), None
 
         layers = (self.layers, jnp.arange(self.config.num_layers))
-        (x, cache), _ = jax.lax.scan(step, (self.embed[...][tokens], cache), layers)
+        (x, cache), _ = jax.lax.scan(step, (self.embed_tokens(tokens), cache), layers)
         return self.final_norm(x), cache

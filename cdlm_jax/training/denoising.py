@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from cdlm_jax import sharding
 from cdlm_jax.decoding.common import append_response, predicting_rows
 from cdlm_jax.training.losses import answer_share, masked_denoising_loss
 from cdlm_jax.training.pretrain import PretrainConfig
@@ -22,7 +23,7 @@ def make_loss(graphdef: nnx.GraphDef, config: PretrainConfig):
         model = nnx.merge(graphdef, trainable, frozen)
         answer, prompt_lengths = batch["answer"], batch["prompt_length"]
         rows, length = answer.shape
-        t_key, mask_key = jax.random.split(keys[0])
+        t_key, mask_key = jax.random.split(sharding.put(keys)[0])
         t = config.noise.ratios(t_key, rows, step / config.steps)
         masked = jax.random.uniform(mask_key, answer.shape) < t[:, None]
         y = jnp.where(masked, model.config.mask_token_id, answer)

@@ -127,9 +127,9 @@ def make_loss(graphdef: nnx.GraphDef, config: DistillConfig, block_size: int):
         noised = masked_response(batch["answer"], noise_keys, mask_token_id=mask_id)
 
         # One forward for y and the noised answer together, one without gradient for y*.
-        twice = {name: jnp.concatenate([batch[name]] * 2) for name in ("prompt", "prompt_length")}
-        both = response_hidden(student, twice, jnp.concatenate([state.tokens, noised.tokens]), block_causal)
-        at_y, at_noised = jnp.split(both, 2)
+        twice = {name: _interleaved(batch[name], batch[name]) for name in ("prompt", "prompt_length")}
+        both = response_hidden(student, twice, _interleaved(state.tokens, noised.tokens), block_causal)
+        at_y, at_noised = (both.reshape(-1, 2, *both.shape[1:])[:, i] for i in range(2))
         at_completed = response_hidden(jax.lax.stop_gradient(student), batch, state.completed, block_causal)
         if frozen.teacher is None:
             teacher_hidden = batch["hidden"].astype(at_y.dtype)
@@ -149,6 +149,11 @@ def make_loss(graphdef: nnx.GraphDef, config: DistillConfig, block_size: int):
         return loss, {**losses, "agreement": agreement.mean()}
 
     return loss_fn
+
+
+def _interleaved(one: jax.Array, other: jax.Array) -> jax.Array:
+    """[rows, ...] twice -> [2 * rows, ...], in turns: on a mesh both rows of a pair stay where they are."""
+    return jnp.stack([one, other], axis=1).reshape(-1, *one.shape[1:])
 
 
 def trajectory_batches(trajectories: Trajectories, batch_size: int, seed: int) -> grain.IterDataset:

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from cdlm_jax.sharding import by_rows, check_rows
+
 # loss_fn(trainable, frozen, batch, keys [rows], step) -> (loss, metrics): means over the batch's rows.
 LossFn = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
 
@@ -53,9 +55,10 @@ def make_train_step(
         return grads, {"loss": loss, **metrics}
 
     def accumulated(state, frozen, batch, keys):
-        parts = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), (batch, keys))
+        # Part i takes every accumulate-th row from the i-th on, so that each device goes through rows of its own.
+        parts = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), (batch, keys))
         shapes = jax.eval_shape(gradients, state, frozen, *jax.tree.map(lambda x: x[0], parts))
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        zeros = jax.tree.map(jnp.zeros_like, shapes)
 
         def add(total, part):
             return jax.tree.map(jnp.add, total, gradients(state, frozen, *part)), None
@@ -65,7 +68,9 @@ def make_train_step(
 
     def train_step(state: TrainState, frozen, batch):
         rows = jax.tree.leaves(batch)[0].shape[0]
+        check_rows(rows // accumulate)
         keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step), rows)
+        batch, keys = by_rows((batch, keys))
         grads, metrics = (gradients if accumulate == 1 else accumulated)(state, frozen, batch, keys)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)

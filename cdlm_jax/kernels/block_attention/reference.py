@@ -1,7 +1,11 @@
 """Block attention on XLA: `jax.nn.dot_product_attention` under the visibility rule as a dense mask."""
 
-import jax
+import math
 
+import jax
+import jax.numpy as jnp
+
+from cdlm_jax import sharding
 from cdlm_jax.visibility import dense_mask
 
 
@@ -14,5 +18,16 @@ def block_attention(
     visible_end [rows, Q] int32; valid_start [rows] int32. Scores are divided by sqrt(D); softmax in float32.
     Returns [rows, Q, heads, D] in q's dtype.
     """
+    k, v = _like_queries(k, q), _like_queries(v, q)
     mask = dense_mask(visible_end, k.shape[1], valid_start)  # [rows, Q, S]
     return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], implementation="xla")
+
+
+def _like_queries(x: jax.Array, q: jax.Array) -> jax.Array:
+    """Key heads that are whole on every device, where query heads are split over them: each device takes those that its
+    query heads use, which repeats some of them."""
+    over = sharding.pieces(q, 2)
+    if over == sharding.pieces(x, 2):
+        return x
+    repeats = math.lcm(over, x.shape[2]) // x.shape[2]
+    return jax.reshard(jnp.repeat(x, repeats, axis=2), jax.typeof(q).sharding.spec)

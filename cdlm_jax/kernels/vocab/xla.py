@@ -1,23 +1,33 @@
 """Streams the vocabulary in tiles of head columns; only [..., tile] logits ever exist, forward and backward.
 
+On a mesh that cuts the head's columns into P pieces, each device streams its own: arrays have an axis P, and the pieces'
+statistics are merged at the end. Otherwise P is 1. A tile's `fsdp` pieces are gathered when its turn comes.
+
 Softmax statistics are kept relative to a running maximum and merged tile by tile (online softmax, Milakov and
 Gimelshein, arXiv 1805.02867). Backward passes recompute each tile and read its probabilities off the saved
 log-sum-exp.
 """
 
-from functools import partial
+from functools import partial, reduce
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from cdlm_jax.kernels.vocab.reference import Confidence, logits
+from cdlm_jax.kernels.vocab.reference import Confidence
+from cdlm_jax.sharding import gathered, pieces, whole
 
 # ---- walking over the vocabulary -----------------------------------------------------------------------------------
 
 
+def in_pieces(head, *others):
+    """[d, V] -> [d, P, V / P], one piece of consecutive columns per device; other heads are cut like the first."""
+    cut = [each.reshape(each.shape[0], pieces(head, 1), -1) for each in (head, *others)]
+    return cut if others else cut[0]
+
+
 def sweep(step, carry, vocab, tile):
-    """carry = step(carry, start, size) over all columns, left to right.
+    """carry = step(carry, start, size) over all columns of a piece, left to right.
 
     The first tile takes the remainder: a vocabulary of at most one tile compiles without a loop, and nothing is ever
     merged with the statistics of no columns (-inf - -inf).
@@ -30,26 +40,30 @@ def sweep(step, carry, vocab, tile):
     return jax.lax.fori_loop(0, full, lambda i, carry: step(carry, first + i * tile, tile), carry)
 
 
-def merge_tiles(measure, merge, vocab, tile):
-    """The statistics measure(start, size) of every tile, merged left to right."""
+def merge_tiles(measure, merge, head, tile):
+    """The statistics measure(start, size) [..., P] of every tile, merged left to right, then over the pieces: [...]."""
 
     def step(carry, start, size):
         new = measure(start, size)
         return new if carry is None else merge(carry, new)
 
-    return sweep(step, None, vocab, tile)
+    statistics = jax.tree.map(whole, sweep(step, None, head.shape[2], tile))
+    return reduce(merge, (jax.tree.map(lambda x, i=i: x[..., i], statistics) for i in range(head.shape[1])))
 
 
 def columns(head, start, size):
-    return jax.lax.dynamic_slice_in_dim(head, start, size, axis=1)  # [d, size]
+    return jax.lax.dynamic_slice_in_dim(head, start, size, axis=2)  # [d, P, size]
 
 
 def tile_logits(hidden, head, start, size):
-    return logits(hidden, columns(head, start, size))  # float32 [..., size]
+    w = gathered(columns(head, start, size), "fsdp")
+    return jnp.einsum("...d,dpv->...pv", hidden, w, preferred_element_type=jnp.float32)  # [..., P, size]
 
 
-def tokens(start, size):
-    return start + jnp.arange(size, dtype=jnp.int32)
+def tokens(head, start, size):
+    """int32 [P, size], the ids of a tile's columns."""
+    first = jnp.arange(head.shape[1], dtype=jnp.int32)[:, None] * head.shape[2]
+    return first + start + jnp.arange(size, dtype=jnp.int32)
 
 
 # ---- log-sum-exp ---------------------------------------------------------------------------------------------------
@@ -88,15 +102,15 @@ class Peak(NamedTuple):
     moment: jax.Array  # float32 [...], sum of (z - top) exp(z - top)
 
 
-def peak(z, start, forbidden):
+def peak(z, ids, forbidden):
+    """z [..., P, size] of the tokens ids [P, size]."""
     total, exp = log_sum(z)
     moment = jnp.sum((z - total.top[..., None]) * exp, axis=-1)
-    places = jnp.arange(z.shape[-1])
     if forbidden is not None:
-        z = jnp.where(start + places == forbidden, -jnp.inf, z)
-    place = jnp.argmax(z, axis=-1).astype(jnp.int32)  # the first of equals
-    others = jnp.where(places == place[..., None], -jnp.inf, z)
-    return Peak(total, start + place, jnp.max(z, axis=-1), jnp.max(others, axis=-1), moment)
+        z = jnp.where(ids == forbidden, -jnp.inf, z)
+    token = ids[:, 0] + jnp.argmax(z, axis=-1).astype(jnp.int32)  # the first of equals
+    others = jnp.where(ids == token[..., None], -jnp.inf, z)
+    return Peak(total, token, jnp.max(z, axis=-1), jnp.max(others, axis=-1), moment)
 
 
 def merge_peaks(a: Peak, b: Peak):
@@ -114,10 +128,12 @@ def merge_peaks(a: Peak, b: Peak):
 
 
 def confidence(hidden, head, forbidden, tile):
-    def measure(start, size):
-        return peak(tile_logits(hidden, head, start, size), start, forbidden)
+    head = in_pieces(head)
 
-    (top, mass), token, first, second, moment = merge_tiles(measure, merge_peaks, head.shape[1], tile)
+    def measure(start, size):
+        return peak(tile_logits(hidden, head, start, size), tokens(head, start, size), forbidden)
+
+    (top, mass), token, first, second, moment = merge_tiles(measure, merge_peaks, head, tile)
     return Confidence(
         token=token,
         probability=jnp.exp(first - top) / mass,
@@ -136,7 +152,7 @@ def product(subscripts, a, b, like):
 
 
 def pull_back(d_logits, hidden, head, tile):
-    """(d hidden, d head) from d_logits(start, size), the loss gradient at a tile of logits(hidden, head).
+    """(d hidden, d head [d, V]) from d_logits(start, size), the loss gradient at a tile of logits(hidden, head).
 
     d hidden accumulates over the tiles in float32; every column of d head is written once.
     """
@@ -144,14 +160,14 @@ def pull_back(d_logits, hidden, head, tile):
     def step(carry, start, size):
         d_hidden, d_head = carry
         w = columns(head, start, size)
-        dz = d_logits(start, size).astype(hidden.dtype)  # [..., size]
-        d_hidden += product("...v,dv->...d", dz, w, like=hidden)
-        d_columns = product("...d,...v->dv", hidden, dz, like=w).astype(head.dtype)
-        return d_hidden, jax.lax.dynamic_update_slice_in_dim(d_head, d_columns, start, axis=1)
+        dz = d_logits(start, size).astype(hidden.dtype)  # [..., P, size]
+        d_hidden += product("...pv,dpv->...d", dz, gathered(w, "fsdp"), like=hidden)
+        d_columns = product("...d,...pv->dpv", hidden, dz, like=w).astype(head.dtype)
+        return d_hidden, jax.lax.dynamic_update_slice_in_dim(d_head, d_columns, start, axis=2)
 
     zeros = jnp.zeros_like(hidden, dtype=jnp.float32), jnp.zeros_like(head)
-    d_hidden, d_head = sweep(step, zeros, head.shape[1], tile)
-    return d_hidden.astype(hidden.dtype), d_head
+    d_hidden, d_head = sweep(step, zeros, head.shape[2], tile)
+    return d_hidden.astype(hidden.dtype), d_head.reshape(head.shape[0], -1)
 
 
 # ---- Kullback-Leibler divergence -----------------------------------------------------------------------------------
@@ -179,12 +195,14 @@ def linear_kl(teacher_hidden, teacher_head, student_hidden, head, weights, tile)
 
 
 def _linear_kl_forward(teacher_hidden, teacher_head, student_hidden, head, weights, tile):
+    head, teacher_head = in_pieces(head, teacher_head)
+
     def measure(start, size):
         return divergence(
             tile_logits(teacher_hidden, teacher_head, start, size), tile_logits(student_hidden, head, start, size)
         )
 
-    t, s, gap = merge_tiles(measure, merge_divergences, head.shape[1], tile)
+    t, s, gap = merge_tiles(measure, merge_divergences, head, tile)
     # E_teacher[z_teacher - z_student] less the difference of the log-sum-exps, large parts first.
     kl = gap / t.mass - (t.top - s.top) - (jnp.log(t.mass) - jnp.log(s.mass))
     saved = teacher_hidden, teacher_head, student_hidden, head, weights, t.value(), s.value()
@@ -195,9 +213,9 @@ def _linear_kl_backward(tile, saved, g):
     teacher_hidden, teacher_head, student_hidden, head, weights, teacher_total, student_total = saved
 
     def d_logits(start, size):
-        p = jnp.exp(tile_logits(teacher_hidden, teacher_head, start, size) - teacher_total[..., None])
-        q = jnp.exp(tile_logits(student_hidden, head, start, size) - student_total[..., None])
-        return (g * weights)[..., None] * (q - p)
+        p = jnp.exp(tile_logits(teacher_hidden, teacher_head, start, size) - teacher_total[..., None, None])
+        q = jnp.exp(tile_logits(student_hidden, head, start, size) - student_total[..., None, None])
+        return (g * weights)[..., None, None] * (q - p)
 
     d_hidden, d_head = pull_back(d_logits, student_hidden, head, tile)
     return None, None, d_hidden, d_head, None
@@ -224,12 +242,14 @@ def linear_nll(hidden, head, targets, weights, tile):
 
 
 def _linear_nll_forward(hidden, head, targets, weights, tile):
+    head = in_pieces(head)
+
     def measure(start, size):
         z = tile_logits(hidden, head, start, size)
-        is_target = tokens(start, size) == targets[..., None]
+        is_target = tokens(head, start, size) == targets[..., None, None]
         return Likelihood(log_sum(z)[0], jnp.sum(jnp.where(is_target, z, 0), axis=-1))
 
-    total, picked = merge_tiles(measure, merge_likelihoods, head.shape[1], tile)
+    total, picked = merge_tiles(measure, merge_likelihoods, head, tile)
     nll = jnp.log(total.mass) + (total.top - picked)
     return jnp.sum(weights * nll), (hidden, head, targets, weights, total.value())
 
@@ -238,9 +258,9 @@ def _linear_nll_backward(tile, saved, g):
     hidden, head, targets, weights, total = saved
 
     def d_logits(start, size):
-        q = jnp.exp(tile_logits(hidden, head, start, size) - total[..., None])
-        is_target = tokens(start, size) == targets[..., None]
-        return (g * weights)[..., None] * (q - is_target)
+        q = jnp.exp(tile_logits(hidden, head, start, size) - total[..., None, None])
+        is_target = tokens(head, start, size) == targets[..., None, None]
+        return (g * weights)[..., None, None] * (q - is_target)
 
     d_hidden, d_head = pull_back(d_logits, hidden, head, tile)
     return d_hidden, d_head, None, None

@@ -1,0 +1,221 @@
+"""Where arrays live on a mesh of devices: the axes, one table of rules, and the few ops that have to name a sharding.
+
+    jax.set_mesh(sharding.make_mesh(MeshConfig(data=2, fsdp=4)))
+
+The mesh's axes are Explicit: shardings are part of types, and follow from those of parameters and batches. Without a
+mesh every function here that takes arrays returns them as they are (or the plain product, the plain lookup).
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from cdlm_jax.config import InputError, ModelConfig
+
+AXES = ("data", "fsdp", "tensor")
+
+# Logical axis -> mesh axes. Rows of a batch are split over `data` and `fsdp`, of which `fsdp` also keeps one piece each
+# of every weight (gathered when it is used); `tensor` splits the work on each row.
+RULES = {
+    "rows": ("data", "fsdp"),
+    "length": None,
+    "layers": None,
+    "vocab": "tensor",
+    "embed": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",  # whole on every device where `tensor` does not divide them (`spec`)
+    "mlp": "tensor",
+}
+
+# Linear layers, by name: the logical axes of their input and output.
+LINEARS = {
+    "q": ("embed", "heads"),
+    "k": ("embed", "kv_heads"),
+    "v": ("embed", "kv_heads"),
+    "out": ("heads", "embed"),
+    "gate": ("embed", "mlp"),
+    "up": ("embed", "mlp"),
+    "down": ("mlp", "embed"),
+    "lm_head": ("embed", "vocab"),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Devices along each axis; one axis may be -1, the devices left. The default is plain FSDP."""
+
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+
+    def __post_init__(self):
+        sizes = dataclasses.astuple(self)
+        if not all(size >= 1 or size == -1 for size in sizes) or sizes.count(-1) > 1:
+            raise InputError(f"mesh {self} must have positive sizes, of which one may be -1 (the devices left)")
+
+    def __str__(self) -> str:
+        return " x ".join(f"{name} {getattr(self, name)}" for name in AXES)
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh for `jax.set_mesh`, over all devices unless some are given. InputError if they are too few or many."""
+    devices = jax.devices() if devices is None else devices
+    sizes = [getattr(config, name) for name in AXES]
+    if -1 in sizes:
+        sizes[sizes.index(-1)] = len(devices) // math.prod(size for size in sizes if size != -1)
+    if math.prod(sizes) != len(devices):
+        raise InputError(f"mesh {config} does not fit {len(devices)} devices")
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Explicit,) * len(AXES), devices=devices)
+
+
+def mesh_sizes() -> dict[str, int]:
+    """Devices along each axis of the current mesh; {} without one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return {}
+    if mesh.axis_names != AXES or not mesh.are_all_axes_explicit:
+        raise InputError(f"the mesh must be one of sharding.make_mesh (Explicit {', '.join(AXES)}), got {mesh}")
+    return dict(mesh.shape)
+
+
+def check_model(config: ModelConfig) -> None:
+    """Refuse a model whose sizes the current mesh does not divide."""
+    if not (mesh := mesh_sizes()):
+        return
+    for name in ("num_heads", "mlp_size", "vocab_size"):
+        if getattr(config, name) % mesh["tensor"]:
+            raise InputError(f"{name} {getattr(config, name)} must be a multiple of the mesh's tensor {mesh['tensor']}")
+    if config.hidden_size % (mesh["fsdp"] * mesh["tensor"]):
+        pieces = f"fsdp {mesh['fsdp']} * tensor {mesh['tensor']}"
+        raise InputError(f"hidden_size {config.hidden_size} must be a multiple of the mesh's {pieces}")
+
+
+def check_rows(rows: int) -> None:
+    """Refuse a batch whose rows the current mesh does not divide."""
+    mesh = mesh_sizes()
+    if mesh and rows % (mesh["data"] * mesh["fsdp"]):
+        raise InputError(f"{rows} rows must be a multiple of the mesh's data {mesh['data']} * fsdp {mesh['fsdp']}")
+
+
+# ---- where things live ---------------------------------------------------------------------------------------------
+
+
+def spec(*axes: str | None, kv_heads: int = 1) -> PartitionSpec:
+    """Mesh axes of an array's logical axes (None: whole). kv_heads is how many a "kv_heads" axis holds."""
+    few = kv_heads % mesh_sizes().get("tensor", 1) != 0
+    return PartitionSpec(*(None if axis is None or (axis == "kv_heads" and few) else RULES[axis] for axis in axes))
+
+
+def put(x: jax.Array, *axes: str | None, kv_heads: int = 1) -> jax.Array:
+    """x laid out by its leading logical axes, the others whole; works in and outside `jax.jit`."""
+    return jax.reshard(x, spec(*axes, kv_heads=kv_heads)) if mesh_sizes() else x
+
+
+def by_rows(tree):
+    """Every array's leading axis split over the devices as rows are."""
+    return jax.tree.map(lambda x: put(x, "rows"), tree)
+
+
+def parameter_axes(path: str) -> tuple[str | None, ...]:
+    """Logical axes of a Transformer's parameter by its dotted path, such as `layers.q.adapter.a`."""
+    *parents, leaf = path.removesuffix(".value").split(".")
+    stacked = ("layers",) if "layers" in parents else ()
+    if leaf == "embed":
+        return ("vocab", "embed")
+    if leaf == "weight":  # of a norm
+        return (*stacked, None)
+    axis_in, axis_out = LINEARS[next(name for name in reversed(parents) if name != "adapter")]
+    return stacked + {"kernel": (axis_in, axis_out), "bias": (axis_out,), "a": (axis_in, None), "b": (None, axis_out)}[leaf]
+
+
+def parameter_specs(model):
+    """A pytree like `model` (a Transformer, arrays or shapes) of PartitionSpecs. InputError if sizes do not divide."""
+    check_model(model.config)
+    return jax.tree.map_with_path(
+        lambda path, _: spec(
+            *parameter_axes(jax.tree_util.keystr(path, simple=True, separator=".")), kv_heads=model.config.num_kv_heads
+        ),
+        model,
+    )
+
+
+def shard(model):
+    """A Transformer with its parameters, adapters included, on the current mesh. What is derived from them follows:
+    gradients, the optimizer's state."""
+    return jax.tree.map(jax.reshard, model, parameter_specs(model)) if mesh_sizes() else model
+
+
+def place(batch):
+    """This process's rows of a batch (NumPy, equally many in every process) as global arrays split by rows."""
+    if not mesh_sizes():
+        return jax.tree.map(jnp.asarray, batch)
+    check_rows(jax.process_count() * jax.tree.leaves(batch)[0].shape[0])
+    rows = NamedSharding(jax.sharding.get_mesh(), spec("rows"))
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows, np.asarray(x)), batch)
+
+
+def local_rows(x: jax.Array) -> np.ndarray:
+    """The rows of a global array that this process holds, in order: `place` in reverse."""
+    pieces = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
+    return np.concatenate([np.asarray(pieces[start]) for start in sorted(pieces)])
+
+
+# ---- the ops that need to name a sharding --------------------------------------------------------------------------
+
+
+def pieces(x: jax.Array, axis: int) -> int:
+    """Into how many pieces an axis is cut."""
+    sharding = jax.typeof(x).sharding
+    return math.prod(sharding.mesh.shape[name] for name in _names(sharding.spec[axis]))
+
+
+def gathered(x: jax.Array, *mesh_axes: str) -> jax.Array:
+    """x with its pieces along these axes of the mesh put together on each device."""
+    spec = jax.typeof(x).sharding.spec
+    kept = [tuple(name for name in _names(names) if name not in mesh_axes) for names in spec]
+    if all(len(left) == len(_names(names)) for left, names in zip(kept, spec, strict=True)):
+        return x
+    return jax.reshard(x, PartitionSpec(*(left or None for left in kept)))
+
+
+def whole(x: jax.Array, axis: int = -1) -> jax.Array:
+    """x with the pieces of one of its own axes put together on each device."""
+    return gathered(x, *_names(jax.typeof(x).sharding.spec[axis]))
+
+
+def _names(names: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The mesh axes in one entry of a PartitionSpec."""
+    return (names,) if isinstance(names, str) else names or ()
+
+
+def matmul(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """x [..., in] @ weight [in, out], whose `fsdp` pieces are gathered.
+
+    Cut along `out`, the result is; cut along `in` (as x is then), the partial products are summed over the devices.
+    """
+    if not mesh_sizes():
+        return x @ weight
+    weight = gathered(weight, "fsdp")
+    of_x, of_weight = jax.typeof(x).sharding.spec, jax.typeof(weight).sharding.spec
+    return jnp.matmul(x, weight, out_sharding=PartitionSpec(*of_x[:-1], of_weight[-1]))
+
+
+def lookup(table: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Rows of table [V, d] at tokens [rows, S]: [rows, S, d].
+
+    The table is never gathered. Each device holds some columns of all V rows, reads them for the tokens of all its
+    `fsdp` and `tensor` peers, and the rows found (far less than a table) are exchanged.
+    """
+    if not mesh_sizes():
+        return table[tokens]
+    columns = ("fsdp", "tensor")
+    rows = jax.typeof(tokens).sharding.spec[0]
+    tokens = gathered(tokens, "fsdp")
+    table = jax.reshard(table, PartitionSpec(None, columns))
+    found = table.at[tokens].get(out_sharding=PartitionSpec(jax.typeof(tokens).sharding.spec[0], None, columns))
+    return jax.reshard(found, PartitionSpec(rows, None, None))
