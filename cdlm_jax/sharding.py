@@ -130,7 +130,10 @@ def parameter_axes(path: str) -> tuple[str | None, ...]:
     if leaf == "weight":  # of a norm
         return (*stacked, None)
     axis_in, axis_out = LINEARS[next(name for name in reversed(parents) if name != "adapter")]
-    return stacked + {"kernel": (axis_in, axis_out), "bias": (axis_out,), "a": (axis_in, None), "b": (None, axis_out)}[leaf]
+    return (
+        stacked
+        + {"kernel": (axis_in, axis_out), "bias": (axis_out,), "a": (axis_in, None), "b": (None, axis_out)}[leaf]
+    )
 
 
 def parameter_specs(model):
@@ -142,6 +145,12 @@ def parameter_specs(model):
         ),
         model,
     )
+
+
+def parameter_shardings(model) -> list[NamedSharding | None]:
+    """Where each leaf of `model` lives on the current mesh, in the order of the pytree; None without a mesh."""
+    specs = jax.tree.leaves(parameter_specs(model))
+    return [NamedSharding(jax.sharding.get_mesh(), each) if mesh_sizes() else None for each in specs]
 
 
 def shard(model):

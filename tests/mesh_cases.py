@@ -95,9 +95,7 @@ def updated(loss_fn, trainable, frozen, batch, config):
     first = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(trainable, frozen, batch, keys, step)
     optimizer = make_optimizer(config.optimizer, 10)
     state = TrainState.create(trainable, optimizer, ema=True)
-    train_step = make_train_step(
-        loss_fn, optimizer, seed=3, accumulate=getattr(config, "accumulate", 1), ema_decay=0.9
-    )
+    train_step = make_train_step(loss_fn, optimizer, seed=3, accumulate=getattr(config, "accumulate", 1), ema_decay=0.9)
     for _ in range(2):
         state, metrics = train_step(state, frozen, batch)
     return first, state.trainable, state.opt_state, metrics
@@ -183,9 +181,11 @@ def main(meshes: list[str], only: str = "") -> None:
                     got = run(models[config], sharding.place(batch_of(config)))
                     found[mesh][name] = difference(jax.device_get(got), expected[name])
                 except Exception as e:
-                    import traceback; 
+                    import traceback
+
                     found[mesh][name] = str(e)[:600]
-                    if "-v" in sys.argv: traceback.print_exc()
+                    if "-v" in sys.argv:
+                        traceback.print_exc()
                 print(mesh, name, found[mesh][name], file=sys.stderr, flush=True)
     print(json.dumps(found))
 

@@ -6,7 +6,8 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Iterable
+import sys
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,12 +15,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from safetensors import SafetensorError, safe_open
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.numpy import save_file
 
+from cdlm_jax import sharding
 from cdlm_jax.config import InputError, ModelConfig
-from cdlm_jax.models.hf_config import config_text, read_config, read_json, read_metadata
+from cdlm_jax.models.hf_config import config_text, read_config, read_metadata
 from cdlm_jax.models.lora import merge
+from cdlm_jax.models.stored import INDEX, SINGLE, STORED_DTYPES, check_shapes, check_tied, open_folder, read_parameter
 from cdlm_jax.models.transformer import Transformer
 
 __all__ = ["abstract", "export_hf", "fingerprint", "load_model", "read_config", "read_metadata"]
@@ -62,8 +65,6 @@ TENSORS = {
     },
 }
 TENSORS["qwen2"] = TENSORS["llama"] = TENSORS["dream"]
-STORED_DTYPES = {"F32": jnp.dtype("float32"), "BF16": jnp.dtype("bfloat16")}
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 class Place(NamedTuple):
@@ -83,26 +84,43 @@ def abstract(config: ModelConfig, dtype) -> Transformer:
 def load_model(folder: str | Path, *, dtype=None) -> Transformer:
     """The Transformer in a Hugging Face folder, single or sharded; parameters as stored, or cast to `dtype`.
 
-    dtype: float32 or bfloat16. One tensor is read at a time, so host memory holds the model and one stacked parameter.
+    dtype: float32 or bfloat16. Under a mesh (`jax.set_mesh`) parameters go straight to their places on it
+    (`sharding.parameter_specs`); each process reads only what its own devices hold. Beside that, host memory holds one
+    piece of one tensor at a time (`models.stored`). A terminal shows the progress.
     Raises InputError, by name, for: a config that cannot be expressed (`read_config`); a missing, unexpected, doubled
     or wrongly shaped tensor; a truncated or foreign file; an index that disagrees with its files; a stored dtype other
-    than float32 and bfloat16; mixed stored dtypes when `dtype` is None.
+    than float32 and bfloat16; mixed stored dtypes when `dtype` is None; sizes that the mesh does not divide.
     """
     folder = Path(folder)
     config = read_config(folder)
     model = abstract(config, jnp.float32)
+    shardings = sharding.parameter_shardings(model)
     places = tensor_places(model)
     with contextlib.ExitStack() as stack:
-        stored = _open(folder, stack)
+        stored = open_folder(folder, stack)
         head = TENSORS[config.family]["lm_head.kernel"]
         if config.tie_embeddings and head in stored:
-            _check_tied(stored, head, TENSORS[config.family]["embed"])
+            check_tied(stored, head, TENSORS[config.family]["embed"])
             del stored[head]
-        _check_tensors(stored, places, folder)
+        check_shapes(stored, {name: place.shape for name, place in places.items()}, folder)
         dtype = _one_dtype({name: tensor.dtype for name, tensor in stored.items()}, dtype)
+        tensors: dict[str, list[str]] = {}
+        for name, place in places.items():
+            tensors.setdefault(place.parameter, []).append(name)
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        bar = stack.enter_context(Progress(*columns, transient=True, disable=not sys.stdout.isatty()))
+        task = bar.add_task(f"loading {folder.name}", total=len(places))
         leaves = [
-            _read(stored, {n: place for n, place in places.items() if place.parameter == parameter}, leaf.shape, dtype)
-            for parameter, leaf in _parameters(model).items()
+            read_parameter(
+                [stored[name] for name in tensors[parameter]],
+                leaf.shape,
+                dtype,
+                stacked=places[tensors[parameter][0]].layer is not None,
+                transposed=places[tensors[parameter][0]].transposed,
+                sharding=where,
+                progress=partial(bar.advance, task),
+            )
+            for (parameter, leaf), where in zip(_parameters(model).items(), shardings, strict=True)
         ]
     return jax.tree.unflatten(jax.tree.structure(model), leaves)
 
@@ -176,111 +194,6 @@ def _one_dtype(dtypes: dict[str, np.dtype], dtype) -> np.dtype:
     if chosen not in STORED_DTYPES.values():
         raise InputError(f"dtype must be {allowed}, got {chosen.name}")
     return chosen
-
-
-# Reading
-
-
-class _Stored(NamedTuple):
-    """A tensor in an open file, not read yet."""
-
-    file: Any
-    file_name: str
-    name: str
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.file.get_slice(self.name).get_shape())
-
-    @property
-    def stored_dtype(self) -> str:
-        return self.file.get_slice(self.name).get_dtype()
-
-    @property
-    def dtype(self) -> np.dtype:
-        return STORED_DTYPES[self.stored_dtype]
-
-    def read(self) -> np.ndarray:
-        return self.file.get_tensor(self.name)
-
-
-def _open(folder: Path, stack: contextlib.ExitStack) -> dict[str, _Stored]:
-    """Open the folder's safetensors files, and check the index against what they hold."""
-    single, index_path = folder / SINGLE, folder / INDEX
-    if single.exists() and index_path.exists():
-        raise InputError(f"{folder} holds both {SINGLE} and {INDEX}; keep one of them")
-    if not single.exists() and not index_path.exists():
-        raise InputError(f"{folder} holds neither {SINGLE} nor {INDEX}")
-    if single.exists():
-        return _open_files([single], stack)
-    weight_map = read_json(index_path).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-        raise InputError(f"{index_path}: weight_map must map tensor names to file names")
-    for name, file in weight_map.items():
-        if Path(file).name != file or not (folder / file).is_file():
-            raise InputError(
-                f"{index_path}: tensor {name} is said to be in {file!r}, which is not a file of this folder"
-            )
-    stored = _open_files([folder / file for file in sorted(set(weight_map.values()))], stack)
-    for name, file in weight_map.items():
-        if name not in stored or stored[name].file_name != file:
-            raise InputError(f"{index_path}: tensor {name} is said to be in {file}, which does not hold it")
-    for name, tensor in stored.items():
-        if name not in weight_map:
-            raise InputError(f"{index_path}: tensor {name} of {tensor.file_name} is not listed")
-    return stored
-
-
-def _open_files(paths: Iterable[Path], stack: contextlib.ExitStack) -> dict[str, _Stored]:
-    stored: dict[str, _Stored] = {}
-    for path in paths:
-        try:
-            file = stack.enter_context(safe_open(path, "numpy"))
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{path}: truncated, or not a safetensors file ({error})") from error
-        for name in file.keys():  # noqa: SIM118  (not a mapping)
-            if name in stored:
-                raise InputError(f"tensor {name} is stored twice, in {stored[name].file_name} and in {path.name}")
-            stored[name] = _Stored(file, path.name, name)
-    return stored
-
-
-def _check_tensors(stored: dict[str, _Stored], places: dict[str, Place], folder: Path) -> None:
-    """Exactly the expected names, each with its shape and a dtype that we read."""
-    for problem, names in (("missing", places.keys() - stored.keys()), ("unexpected", stored.keys() - places.keys())):
-        if names:
-            more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-            raise InputError(f"{folder}: {problem} tensor {min(names)}{more}")
-    for name, place in places.items():
-        if stored[name].shape != place.shape:
-            raise InputError(
-                f"{folder}: tensor {name} has shape {list(stored[name].shape)}, expected {list(place.shape)}"
-            )
-        _check_dtype(stored[name])
-
-
-def _check_dtype(tensor: _Stored) -> None:
-    if tensor.stored_dtype not in STORED_DTYPES:
-        allowed = " and ".join(STORED_DTYPES)
-        raise InputError(f"tensor {tensor.name} is stored as {tensor.stored_dtype}; readable are {allowed}")
-
-
-def _check_tied(stored: dict[str, _Stored], head: str, embed: str) -> None:
-    """A tied checkpoint may repeat its embedding as the lm_head, and nothing else."""
-    if embed in stored:
-        for name in (head, embed):
-            _check_dtype(stored[name])
-        if not np.array_equal(stored[head].read(), stored[embed].read()):
-            raise InputError(f"config.json ties the embeddings, but tensor {head} differs from {embed}")
-
-
-def _read(stored: dict[str, _Stored], places: dict[str, Place], shape: tuple[int, ...], dtype: np.dtype) -> jax.Array:
-    """One parameter from its tensors (one per layer if stacked), turned and cast."""
-    parameter = np.empty(shape, dtype)
-    for name, place in places.items():
-        tensor = stored[name].read()
-        parameter[... if place.layer is None else place.layer] = tensor.T if place.transposed else tensor
-    return jnp.asarray(parameter)
 
 
 # Writing

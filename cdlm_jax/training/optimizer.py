@@ -8,6 +8,7 @@ import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
 from cdlm_jax.config import InputError
+from cdlm_jax.sharding import mesh_sizes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,6 +53,7 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
             adam_learning_rate=schedule(config.adam_ratio),
             muon_weight_dimension_numbers=_stacked_matrices,
         )
+        update = _cut_by_the_compiler(update)
     else:
         update = optax.adamw(schedule(1.0), config.b1, config.b2, weight_decay=config.weight_decay)
     return optax.chain(optax.clip_by_global_norm(config.clip), update)
@@ -60,3 +62,19 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
 def _stacked_matrices(params):
     """Muon orthogonalizes the matrices of stacked layers [layers, in, out]; embeddings, head, norms are Adam's."""
     return jax.tree.map(lambda x: MuonDimensionNumbers(1, 2) if x.ndim == 3 else None, params)
+
+
+def _cut_by_the_compiler(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """On a mesh, the compiler chooses the shardings inside of an update; its results lie as what it was given.
+
+    Muon multiplies matrices by their own transposes: with Explicit axes, Optax would have to name a sharding for each
+    product.
+    """
+
+    def update(updates, state, params=None):
+        if not mesh_sizes():
+            return optimizer.update(updates, state, params)
+        lie = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, (updates, state))
+        return jax.sharding.auto_axes(optimizer.update, out_sharding=lie)(updates, state, params)
+
+    return optimizer._replace(update=update)

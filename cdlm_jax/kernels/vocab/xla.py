@@ -1,7 +1,7 @@
 """Streams the vocabulary in tiles of head columns; only [..., tile] logits ever exist, forward and backward.
 
-On a mesh that cuts the head's columns into P pieces, each device streams its own: arrays have an axis P, and the pieces'
-statistics are merged at the end. Otherwise P is 1. A tile's `fsdp` pieces are gathered when its turn comes.
+On a mesh that cuts the head's columns into P pieces, each device streams its own: arrays have an axis P, and what the
+pieces say is merged at the end. Otherwise P is 1. A tile's `fsdp` pieces are gathered when its turn comes.
 
 Softmax statistics are kept relative to a running maximum and merged tile by tile (online softmax, Milakov and
 Gimelshein, arXiv 1805.02867). Backward passes recompute each tile and read its probabilities off the saved
