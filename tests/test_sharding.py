@@ -1,0 +1,236 @@
+"""The mesh: what is refused, where parameters live, and that a mesh changes no result."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import GOLDEN
+from flax import nnx
+from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import PartitionSpec as P
+from mesh_cases import CASES
+from tiny import TINY
+
+from cdlm_jax import sharding
+from cdlm_jax.config import InputError
+from cdlm_jax.models import lora
+from cdlm_jax.models.hf import abstract, read_config
+from cdlm_jax.models.transformer import Transformer
+from cdlm_jax.sharding import AXES, MeshConfig, make_mesh
+
+TESTS = Path(__file__).parent
+MESHES = ("8x1x1", "2x2x2", "1x8x1", "1x2x4")
+# One of every decoder, the collector, and every loss; the others are slow together.
+CORE = (
+    "forward",
+    "cdlm, shifted, sampled, separate commits",
+    "dream, greedy",
+    "fast_dllm, dual",
+    "dllm_cache",
+    "autoregressive, sampled",
+    "collected",
+    "distilled, LoRA",
+    "distilled, online",
+)
+LARGEST_DIFFERENCE = 1e-5
+
+
+def on(data: int, fsdp: int, tensor: int):
+    """A mesh without devices: enough for shapes and refusals."""
+    return jax.sharding.use_abstract_mesh(AbstractMesh((data, fsdp, tensor), AXES, (AxisType.Explicit,) * 3))
+
+
+# ---- refusals ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"data": 0}, "must have positive sizes, of which one may be -1"),
+        ({"data": -1}, "must have positive sizes, of which one may be -1"),  # fsdp is -1 already
+        ({"data": 3, "fsdp": 1}, "mesh data 3 x fsdp 1 x tensor 1 does not fit 1 devices"),
+        ({"tensor": 2}, "mesh data 1 x fsdp -1 x tensor 2 does not fit 1 devices"),
+    ],
+)
+def test_meshes_that_cannot_be(sizes, message):
+    with pytest.raises(InputError, match=message):
+        make_mesh(MeshConfig(**sizes), jax.devices()[:1])
+
+
+def test_the_devices_left():
+    assert dict(make_mesh(MeshConfig(), jax.devices()[:1]).shape) == {"data": 1, "fsdp": 1, "tensor": 1}
+
+
+@pytest.mark.parametrize(
+    ("mesh", "changes", "message"),
+    [
+        ((1, 1, 8), {}, "num_heads 4 must be a multiple of the mesh's tensor 8"),
+        ((1, 1, 4), {"mlp_size": 26}, "mlp_size 26 must be a multiple of the mesh's tensor 4"),
+        ((1, 1, 4), {"vocab_size": 41}, "vocab_size 41 must be a multiple of the mesh's tensor 4"),
+        ((1, 8, 4), {}, r"hidden_size 16 must be a multiple of the mesh's fsdp 8 \* tensor 4"),
+    ],
+)
+def test_models_that_a_mesh_does_not_divide(mesh, changes, message):
+    model = abstract(dataclasses.replace(TINY, **changes), jnp.float32)
+    with on(*mesh), pytest.raises(InputError, match=message):
+        sharding.parameter_specs(model)
+
+
+def test_rows_that_a_mesh_does_not_divide():
+    with on(2, 3, 1):
+        sharding.check_rows(12)
+        with pytest.raises(InputError, match=r"8 rows must be a multiple of the mesh's data 2 \* fsdp 3"):
+            sharding.check_rows(8)
+
+
+def test_another_mesh_is_refused():
+    with (
+        jax.sharding.use_abstract_mesh(AbstractMesh((2,), ("x",), (AxisType.Explicit,))),
+        pytest.raises(InputError, match=r"must be one of sharding.make_mesh \(Explicit data, fsdp, tensor\)"),
+    ):
+        sharding.mesh_sizes()
+
+
+# ---- where parameters live -----------------------------------------------------------------------------------------
+
+
+def specs_of(config, *, rank=0):
+    model = Transformer(dataclasses.replace(config, qkv_bias=True), rngs=nnx.Rngs(0))
+    if rank:
+        model = lora.attach(model, rank=rank, alpha=1.0, key=jax.random.key(0))
+    with on(2, 2, 2):
+        found = sharding.parameter_specs(model)
+    leaves = jax.tree.leaves_with_path(found)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value"): spec for path, spec in leaves
+    }
+
+
+def test_the_rule_table():
+    specs = specs_of(TINY, rank=2)
+    assert specs["embed"] == P("tensor", "fsdp")
+    assert specs["lm_head.kernel"] == P("fsdp", "tensor")
+    assert (
+        specs["layers.q.kernel"] == specs["layers.k.kernel"] == specs["layers.up.kernel"] == P(None, "fsdp", "tensor")
+    )
+    assert specs["layers.out.kernel"] == specs["layers.down.kernel"] == P(None, "tensor", "fsdp")
+    assert specs["layers.q.bias"] == P(None, "tensor")
+    assert specs["layers.down.adapter.a"] == P(None, "tensor", None)
+    assert specs["layers.down.adapter.b"] == P(None, None, "fsdp")
+    assert specs["layers.mlp_norm.weight"] == P(None, None) and specs["final_norm.weight"] == P(None)
+
+
+def test_key_heads_are_whole_where_tensor_does_not_divide_them():
+    specs = specs_of(dataclasses.replace(TINY, num_kv_heads=1), rank=2)
+    assert specs["layers.k.kernel"] == P(None, "fsdp", None) and specs["layers.q.kernel"] == P(None, "fsdp", "tensor")
+    assert specs["layers.v.bias"] == P(None, None) and specs["layers.v.adapter.b"] == P(None, None, None)
+
+
+@pytest.mark.parametrize("family", ["llada", "dream"])
+def test_real_layouts_have_a_place(family):
+    model = abstract(read_config(GOLDEN / family / "model"), jnp.float32)
+    with on(1, 2, 2):
+        specs = jax.tree.leaves(sharding.parameter_specs(model))
+    for leaf, spec in zip(jax.tree.leaves(model), specs, strict=True):
+        assert leaf.ndim == len(spec)
+        assert leaf.size < 1000 or {"fsdp", "tensor"} <= set(spec)  # only norms are whole
+
+
+def test_without_a_mesh_nothing_changes():
+    x = jnp.arange(6.0).reshape(2, 3)
+    assert sharding.put(x, "rows") is x and sharding.by_rows(x) is x and sharding.gathered(x, "fsdp") is x
+    assert sharding.pieces(x, 0) == 1
+    placed = sharding.place({"x": np.ones((3, 2), np.int32)})
+    assert isinstance(placed["x"], jax.Array)
+    np.testing.assert_array_equal(sharding.local_rows(placed["x"]), 1)
+
+
+# ---- on eight devices ----------------------------------------------------------------------------------------------
+
+
+def start(*arguments):
+    env = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # compiling is most of the time
+        "PYTHONPATH": str(TESTS.parent),
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+    }
+    return subprocess.Popen(
+        [sys.executable, *map(str, arguments)], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def finish(process) -> str:
+    out, err = process.communicate(timeout=1800)
+    assert process.returncode == 0, err[-3000:]
+    assert "rematerialization" not in err, err[-3000:]  # XLA's note that it moves a whole array between layouts
+    return out
+
+
+def differences(names) -> dict[str, dict[str, float]]:
+    """mesh -> case -> difference; two processes, since there may be few cores."""
+    halves = [start(TESTS / "mesh_cases.py", json.dumps(half), json.dumps(names)) for half in (MESHES[:2], MESHES[2:])]
+    return {mesh: found for process in halves for mesh, found in json.loads(finish(process)).items()}
+
+
+@pytest.fixture(scope="module")
+def core():
+    return differences(CORE)
+
+
+@pytest.fixture(scope="module")
+def others():
+    return differences([name for name in CASES if name not in CORE])
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("case", CORE)
+def test_a_mesh_changes_no_result(core, mesh, case):
+    assert core[mesh][case] < LARGEST_DIFFERENCE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("case", [name for name in CASES if name not in CORE])
+def test_a_mesh_changes_no_other_result(others, mesh, case):
+    assert others[mesh][case] < LARGEST_DIFFERENCE
+
+
+ON_DEVICES = """
+import sys
+import jax, jax.numpy as jnp, numpy as np
+from cdlm_jax import load_model, sharding
+from cdlm_jax.config import InputError
+from cdlm_jax.decoding import naive
+from cdlm_jax.models import stored
+
+for family, dtype in (("llada", None), ("dream", "bfloat16")):
+    folder = f"{sys.argv[1]}/{family}/model_sharded"
+    plain = load_model(folder, dtype=dtype)
+    for stored.STEP in (2**24, 2**12):
+        with jax.set_mesh(sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=2, tensor=2))):
+            model = load_model(folder, dtype=dtype)
+            specs = jax.tree.leaves(sharding.parameter_specs(model))
+            for ours, expected, spec in zip(jax.tree.leaves(model), jax.tree.leaves(plain), specs, strict=True):
+                assert ours.sharding.spec == spec and ours.dtype == expected.dtype
+                np.testing.assert_array_equal(np.asarray(ours, np.float32), np.asarray(expected, np.float32))
+
+with jax.set_mesh(sharding.make_mesh(sharding.MeshConfig(fsdp=8))):
+    try:
+        naive.generate(model, jnp.ones((3, 2), int), jnp.ones(3, int), naive.Config(gen_length=2, block_size=1))
+    except InputError as error:
+        print(error)
+"""
+
+
+def test_loading_on_a_mesh(tmp_path):
+    (tmp_path / "script.py").write_text(ON_DEVICES)
+    out = finish(start(tmp_path / "script.py", GOLDEN))
+    assert out.strip() == "3 rows must be a multiple of the mesh's data 1 * fsdp 8"
