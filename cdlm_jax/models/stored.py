@@ -23,7 +23,7 @@ from cdlm_jax.models.hf_config import read_json
 
 STORED_DTYPES = {"F32": jnp.dtype("float32"), "BF16": jnp.dtype("bfloat16")}
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-STEP = 16 * 2**20  # bytes that are read at once; layers that are smaller together go to the devices together
+STEP = 8 * 2**20  # bytes that are read at once; layers that are smaller together go to the devices together
 
 Index = tuple[slice, ...]
 
@@ -183,7 +183,7 @@ def _on_devices(
 
     def read(index: Index) -> np.ndarray:
         index = tuple(slice(*each.indices(size)) for each, size in zip(index, shape, strict=True))
-        piece = np.empty([each.stop - each.start for each in index], dtype)
+        piece = _aligned([each.stop - each.start for each in index], dtype)
         of_tensor = index[1:] if stacked else index
         for tensor, to in zip(tensors, piece if stacked else [piece], strict=True):
             for at, values in tensor.read(of_tensor[::-1] if transposed else of_tensor):
@@ -191,7 +191,7 @@ def _on_devices(
         return piece
 
     if sharding is None:
-        return jnp.asarray(read((slice(None),) * len(shape)))
+        return jax.device_put(read((slice(None),) * len(shape)))
     devices: dict[tuple, list[jax.Device]] = {}
     for device, index in sharding.addressable_devices_indices_map(shape).items():
         devices.setdefault(tuple((each.start, each.stop) for each in index), []).append(device)
@@ -200,6 +200,14 @@ def _on_devices(
         piece = read(tuple(slice(*each) for each in index))
         pieces += jax.block_until_ready([jax.device_put(piece, device) for device in holders])
     return jax.make_array_from_single_device_arrays(shape, sharding, pieces)
+
+
+def _aligned(shape: list[int], dtype: np.dtype) -> np.ndarray:
+    """Memory, not set, that a CPU device takes as its own: it would copy what is not aligned to 64 bytes."""
+    size = math.prod(shape) * dtype.itemsize
+    raw = np.empty(size + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size].view(dtype).reshape(shape)
 
 
 def _zeros(shape: tuple[int, ...], dtype: np.dtype, sharding: Sharding | None) -> jax.Array:
