@@ -129,11 +129,9 @@ def parameter_axes(path: str) -> tuple[str | None, ...]:
         return ("vocab", "embed")
     if leaf == "weight":  # of a norm
         return (*stacked, None)
-    axis_in, axis_out = LINEARS[next(name for name in reversed(parents) if name != "adapter")]
-    return (
-        stacked
-        + {"kernel": (axis_in, axis_out), "bias": (axis_out,), "a": (axis_in, None), "b": (None, axis_out)}[leaf]
-    )
+    size_in, size_out = LINEARS[next(name for name in reversed(parents) if name != "adapter")]
+    leaves = {"kernel": (size_in, size_out), "bias": (size_out,), "a": (size_in, None), "b": (None, size_out)}
+    return stacked + leaves[leaf]
 
 
 def parameter_specs(model):
@@ -168,10 +166,12 @@ def place(batch):
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows, np.asarray(x)), batch)
 
 
-def local_rows(x: jax.Array) -> np.ndarray:
+def local_rows(x: jax.Array | np.ndarray) -> np.ndarray:
     """The rows of a global array that this process holds, in order: `place` in reverse."""
-    pieces = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
-    return np.concatenate([np.asarray(pieces[start]) for start in sorted(pieces)])
+    if not isinstance(x, jax.Array) or x.is_fully_addressable:
+        return np.asarray(x)
+    held = {piece.index[0].start or 0: piece.data for piece in x.addressable_shards}
+    return np.concatenate([np.asarray(held[start]) for start in sorted(held)])
 
 
 # ---- the ops that need to name a sharding --------------------------------------------------------------------------
@@ -185,11 +185,9 @@ def pieces(x: jax.Array, axis: int) -> int:
 
 def gathered(x: jax.Array, *mesh_axes: str) -> jax.Array:
     """x with its pieces along these axes of the mesh put together on each device."""
-    spec = jax.typeof(x).sharding.spec
-    kept = [tuple(name for name in _names(names) if name not in mesh_axes) for names in spec]
-    if all(len(left) == len(_names(names)) for left, names in zip(kept, spec, strict=True)):
-        return x
-    return jax.reshard(x, PartitionSpec(*(left or None for left in kept)))
+    entries = [_names(entry) for entry in jax.typeof(x).sharding.spec]
+    left = [tuple(name for name in entry if name not in mesh_axes) for entry in entries]
+    return x if left == entries else jax.reshard(x, PartitionSpec(*(entry or None for entry in left)))
 
 
 def whole(x: jax.Array, axis: int = -1) -> jax.Array:
@@ -197,9 +195,9 @@ def whole(x: jax.Array, axis: int = -1) -> jax.Array:
     return gathered(x, *_names(jax.typeof(x).sharding.spec[axis]))
 
 
-def _names(names: str | tuple[str, ...] | None) -> tuple[str, ...]:
+def _names(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
     """The mesh axes in one entry of a PartitionSpec."""
-    return (names,) if isinstance(names, str) else names or ()
+    return (entry,) if isinstance(entry, str) else entry or ()
 
 
 def matmul(x: jax.Array, weight: jax.Array) -> jax.Array:

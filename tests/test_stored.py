@@ -14,6 +14,8 @@ from conftest import GOLDEN
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from cdlm_jax import load_model
+from cdlm_jax.decoding import naive
 from cdlm_jax.models import stored
 from cdlm_jax.models.stored import Stored
 
@@ -133,6 +135,7 @@ IN_ONE_OF_TWO_PROCESSES = """
 import json, sys
 import jax, numpy as np
 from cdlm_jax import load_model, sharding
+from cdlm_jax.decoding import naive
 from cdlm_jax.models import stored
 
 folder, number, port = sys.argv[1], int(sys.argv[2]), sys.argv[3]
@@ -158,7 +161,10 @@ pieces = {
 np.savez(sys.argv[4], **pieces)
 mine = np.arange(6).reshape(2, 3) + 100 * number
 back = sharding.local_rows(jax.jit(lambda x: x + 1)(sharding.place(mine)))
-print(json.dumps({"read": read, "total": total, "rows": (back - mine).tolist()}))
+prompts, lengths = sharding.place((mine, np.array([3, 2])))
+decoded = naive.generate(model, prompts, lengths, naive.Config(gen_length=2, block_size=1))
+tokens = sharding.local_rows(decoded.tokens).tolist()
+print(json.dumps({"read": read, "total": total, "rows": (back - mine).tolist(), "tokens": tokens}))
 """
 
 
@@ -178,6 +184,9 @@ def test_each_process_reads_what_its_devices_hold(tmp_path):
         up = [file.get_tensor(f"model.transformer.blocks.{layer}.up_proj.weight").T for layer in range(3)]
     np.testing.assert_array_equal(np.concatenate([piece["embed"] for piece in pieces], axis=1), embed)
     np.testing.assert_array_equal(np.concatenate([piece["up"] for piece in pieces], axis=1), up)
+    prompts = np.concatenate([np.arange(6).reshape(2, 3), np.arange(6).reshape(2, 3) + 100])
+    alone = naive.generate(load_model(folder), prompts, np.array([3, 2] * 2), naive.Config(gen_length=2, block_size=1))
+    assert [*first["tokens"], *second["tokens"]] == alone.tokens.tolist()
     for found in (first, second):
         assert found["rows"] == [[1, 1, 1], [1, 1, 1]]
         assert found["read"] < 0.51 * found["total"]  # the norms are whole on every device

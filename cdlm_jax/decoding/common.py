@@ -12,7 +12,7 @@ from cdlm_jax.decoding.sampling import gumbel_noise, measure, without
 from cdlm_jax.decoding.unmask import Unmask
 from cdlm_jax.kernels.vocab import Confidence, confidence
 from cdlm_jax.models.transformer import Transformer
-from cdlm_jax.sharding import by_rows, check_model, check_rows, whole
+from cdlm_jax.sharding import by_rows, check_model, check_rows, local_rows, whole
 from cdlm_jax.visibility import row_end
 
 # ---- rows ----------------------------------------------------------------------------------------------------------
@@ -156,7 +156,7 @@ def check_prompts(model: ModelConfig, prompts, prompt_lengths, gen_length: int, 
         raise InputError(f"key must be one jax.random.key, or one per row, got {key.dtype} {key.shape}")
     if isinstance(prompts, jax.core.Tracer) or isinstance(prompt_lengths, jax.core.Tracer):
         return
-    tokens, lengths = np.asarray(prompts), np.asarray(prompt_lengths)
+    tokens, lengths = local_rows(prompts), local_rows(prompt_lengths)
     if lengths.min() < 1 or lengths.max() > tokens.shape[1]:
         raise InputError(f"prompt lengths must be in 1..{tokens.shape[1]}, got {lengths.min()}..{lengths.max()}")
     for row, length in enumerate(lengths):

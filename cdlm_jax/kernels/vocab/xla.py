@@ -14,16 +14,15 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from cdlm_jax.kernels.vocab.reference import Confidence
+from cdlm_jax.kernels.vocab.reference import Confidence, logits
 from cdlm_jax.sharding import gathered, pieces, whole
 
 # ---- walking over the vocabulary -----------------------------------------------------------------------------------
 
 
-def in_pieces(head, *others):
-    """[d, V] -> [d, P, V / P], one piece of consecutive columns per device; other heads are cut like the first."""
-    cut = [each.reshape(each.shape[0], pieces(head, 1), -1) for each in (head, *others)]
-    return cut if others else cut[0]
+def in_pieces(head, like=None):
+    """[d, V] -> [d, P, V / P], one piece of consecutive columns per device, as they hold them of `like`."""
+    return head.reshape(head.shape[0], pieces(head if like is None else like, 1), -1)
 
 
 def sweep(step, carry, vocab, tile):
@@ -52,12 +51,13 @@ def merge_tiles(measure, merge, head, tile):
 
 
 def columns(head, start, size):
-    return jax.lax.dynamic_slice_in_dim(head, start, size, axis=2)  # [d, P, size]
+    """A tile of every piece: [d, P * size]."""
+    return jax.lax.dynamic_slice_in_dim(head, start, size, axis=2).reshape(head.shape[0], -1)
 
 
 def tile_logits(hidden, head, start, size):
-    w = gathered(columns(head, start, size), "fsdp")
-    return jnp.einsum("...d,dpv->...pv", hidden, w, preferred_element_type=jnp.float32)  # [..., P, size]
+    z = logits(hidden, gathered(columns(head, start, size), "fsdp"))
+    return z.reshape(*z.shape[:-1], head.shape[1], size)  # float32 [..., P, size]
 
 
 def tokens(head, start, size):
@@ -161,8 +161,10 @@ def pull_back(d_logits, hidden, head, tile):
         d_hidden, d_head = carry
         w = columns(head, start, size)
         dz = d_logits(start, size).astype(hidden.dtype)  # [..., P, size]
-        d_hidden += product("...pv,dpv->...d", dz, gathered(w, "fsdp"), like=hidden)
-        d_columns = product("...d,...pv->dpv", hidden, dz, like=w).astype(head.dtype)
+        dz = dz.reshape(*dz.shape[:-2], -1)
+        d_hidden += product("...v,dv->...d", dz, gathered(w, "fsdp"), like=hidden)
+        d_columns = product("...d,...v->dv", hidden, dz, like=w).astype(head.dtype)
+        d_columns = d_columns.reshape(*head.shape[:2], size)
         return d_hidden, jax.lax.dynamic_update_slice_in_dim(d_head, d_columns, start, axis=2)
 
     zeros = jnp.zeros_like(hidden, dtype=jnp.float32), jnp.zeros_like(head)
@@ -195,7 +197,7 @@ def linear_kl(teacher_hidden, teacher_head, student_hidden, head, weights, tile)
 
 
 def _linear_kl_forward(teacher_hidden, teacher_head, student_hidden, head, weights, tile):
-    head, teacher_head = in_pieces(head, teacher_head)
+    teacher_head, head = in_pieces(teacher_head, like=head), in_pieces(head)
 
     def measure(start, size):
         return divergence(
