@@ -216,7 +216,8 @@ def lookup(table: jax.Array, tokens: jax.Array) -> jax.Array:
     """Rows of table [V, d] at tokens [rows, S]: [rows, S, d].
 
     The table is never gathered. Each device holds some columns of all V rows, reads them for the tokens of all its
-    `fsdp` and `tensor` peers, and the rows found (far less than a table) are exchanged.
+    `fsdp` and `tensor` peers, and the rows found (far less than a table) are exchanged: first along `tensor`, since XLA
+    replicates an array that it is to move along both at once.
     """
     if not mesh_sizes():
         return table[tokens]
@@ -225,4 +226,4 @@ def lookup(table: jax.Array, tokens: jax.Array) -> jax.Array:
     tokens = gathered(tokens, "fsdp")
     table = jax.reshard(table, PartitionSpec(None, columns))
     found = table.at[tokens].get(out_sharding=PartitionSpec(jax.typeof(tokens).sharding.spec[0], None, columns))
-    return jax.reshard(found, PartitionSpec(rows, None, None))
+    return jax.reshard(gathered(found, "tensor"), PartitionSpec(rows, None, None))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from cdlm_jax.config import InputError, is_count
 from cdlm_jax.kernels.vocab import Confidence, confidence
 from cdlm_jax.models.transformer import Transformer
-from cdlm_jax.sharding import pieces, whole
+from cdlm_jax.sharding import by_rows, pieces, whole
 
 ROWS_AT_ONCE = 32  # hidden rows whose logits exist together
 
@@ -54,12 +54,11 @@ class Sampling:
 
         # Every device goes through its own rows: [rows, size] -> [rows of a device * size, devices].
         devices = pieces(hidden, 0)
-        own = jax.tree.map(
-            lambda x: x.reshape(rows * size, *x.shape[2:]).reshape(devices, -1, *x.shape[2:]).swapaxes(0, 1),
-            (hidden, places),
-        )
+        flat = jax.tree.map(lambda x: x.reshape(rows * size, *x.shape[2:]), (hidden, places))
+        own = by_rows(jax.tree.map(lambda x: x.reshape(devices, -1, *x.shape[1:]), flat))
+        own = jax.tree.map(lambda x: x.swapaxes(0, 1), own)
         answers = jax.lax.map(jax.vmap(one), own, batch_size=min(ROWS_AT_ONCE, rows * size // devices))
-        return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(rows * size).reshape(rows, size), answers)
+        return by_rows(jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(rows * size).reshape(rows, size), answers))
 
     def _answer(self, logits: jax.Array, key: jax.Array, forbidden: int | None) -> Confidence:
         """logits [V] -> Confidence of scalars."""

@@ -13,6 +13,7 @@ from cdlm_jax.decoding.common import append_response, predicting_rows
 from cdlm_jax.kernels.vocab import confidence
 from cdlm_jax.models import lora
 from cdlm_jax.models.transformer import Transformer
+from cdlm_jax.sharding import by_rows
 from cdlm_jax.training.loop import LoopConfig
 from cdlm_jax.training.losses import (
     LLADA,
@@ -129,7 +130,8 @@ def make_loss(graphdef: nnx.GraphDef, config: DistillConfig, block_size: int):
         # One forward for y and the noised answer together, one without gradient for y*.
         twice = {name: _interleaved(batch[name], batch[name]) for name in ("prompt", "prompt_length")}
         both = response_hidden(student, twice, _interleaved(state.tokens, noised.tokens), block_causal)
-        at_y, at_noised = (both.reshape(-1, 2, *both.shape[1:])[:, i] for i in range(2))
+        pairs = by_rows(both.reshape(-1, 2, *both.shape[1:]))
+        at_y, at_noised = pairs[:, 0], pairs[:, 1]
         at_completed = response_hidden(jax.lax.stop_gradient(student), batch, state.completed, block_causal)
         if frozen.teacher is None:
             teacher_hidden = batch["hidden"].astype(at_y.dtype)

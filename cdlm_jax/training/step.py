@@ -56,7 +56,8 @@ def make_train_step(
 
     def accumulated(state, frozen, batch, keys):
         # Part i takes every accumulate-th row from the i-th on, so that each device goes through rows of its own.
-        parts = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), (batch, keys))
+        parts = by_rows(jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]), (batch, keys)))
+        parts = jax.tree.map(lambda x: x.swapaxes(0, 1), parts)
         shapes = jax.eval_shape(gradients, state, frozen, *jax.tree.map(lambda x: x[0], parts))
         zeros = jax.tree.map(jnp.zeros_like, shapes)
 
