@@ -1,6 +1,6 @@
 """Run by test_sharding in a process of its own, since the number of devices is fixed when JAX starts:
 
-python mesh_cases.py 2x2x2 ...  ->  one JSON object, mesh -> case -> largest difference from one device
+python mesh_cases.py '{"2x2x2": ["cdlm", "dream"]}'  ->  JSON: mesh -> case -> largest difference from one device
 """
 
 import dataclasses
@@ -166,21 +166,22 @@ def difference(one, other) -> float:
     return worst
 
 
-def main(meshes: list[str], names: list[str]) -> None:
-    cases = {name: CASES[name] for name in names}
+def main(plan: dict[str, list[str]]) -> None:
+    cases = {name: CASES[name] for name in dict.fromkeys(name for names in plan.values() for name in names)}
     configs = {config: random_model(config) for config, _ in cases.values()}
     expected = {name: jax.device_get(run(configs[config], batch_of(config))) for name, (config, run) in cases.items()}
     found = {}
-    for mesh in meshes:
+    for mesh, names in plan.items():
         data, fsdp, tensor = map(int, mesh.split("x"))
         with jax.set_mesh(sharding.make_mesh(sharding.MeshConfig(data=data, fsdp=fsdp, tensor=tensor))):
             models = {config: sharding.shard(model) for config, model in configs.items()}
             found[mesh] = {
                 name: difference(jax.device_get(run(models[config], sharding.place(batch_of(config)))), expected[name])
                 for name, (config, run) in cases.items()
+                if name in names
             }
     print(json.dumps(found))
 
 
 if __name__ == "__main__":
-    main(*map(json.loads, sys.argv[1:]))
+    main(json.loads(sys.argv[1]))

@@ -58,10 +58,12 @@ def run(*arguments, devices: int) -> subprocess.Popen:
     )
 
 
-def output(process) -> dict:
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err[-3000:]
-    return json.loads(out)
+def outputs(*processes) -> list[dict]:
+    """The JSON that each wrote last, once all are done."""
+    written = [process.communicate() for process in processes]
+    for process, (_, err) in zip(processes, written, strict=True):
+        assert process.returncode == 0, err[-3000:]
+    return [json.loads(out.splitlines()[-1]) for out, _ in written]
 
 
 MEASURE_MEMORY = """
@@ -126,7 +128,7 @@ LARGEST = 32768 * 512 * 4  # bytes in float32
 def test_memory_beside_the_model_is_less_than_one_and_a_half_tensors(tmp_path, large, where):
     script = tmp_path / "measure.py"
     script.write_text(MEASURE_MEMORY)
-    found = output(run(script, large, where, "float32", devices=4))
+    (found,) = outputs(run(script, large, where, "float32", devices=4))
     assert found["kept"] >= 2 * LARGEST
     assert found["extra"] < 1.5 * LARGEST, found
 
@@ -177,7 +179,7 @@ def test_each_process_reads_what_its_devices_hold(tmp_path):
     folder = GOLDEN / "llada" / "model"
     files = [tmp_path / "0.npz", tmp_path / "1.npz"]
     processes = [run(script, folder, number, port, file, devices=2) for number, file in enumerate(files)]
-    first, second = (output(process) for process in processes)
+    first, second = outputs(*processes)
     pieces = [np.load(file) for file in files]
     with safe_open(folder / "model.safetensors", "numpy") as file:
         embed = file.get_tensor("model.transformer.wte.weight")
