@@ -12,6 +12,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
 from tiny import TINY
 
@@ -79,18 +80,28 @@ def collected(model, batch):
 
 
 def distilled(model, batch, **options):
-    options = {"steps": 2, "batch_size": ROWS, "optimizer": OptimizerConfig(learning_rate=1e-2)} | options
-    config = distill.DistillConfig(**options)
+    config = distill.DistillConfig(steps=2, batch_size=ROWS, **options)
     graphdef, trainable, frozen = distill.make_student(model, config, jax.random.key(1))
     if config.lora_rank:  # fresh adapters add nothing, and b hides the gradient of a
-        trainable = jax.tree.map(lambda x: x + 0.1, trainable)
-    loss_fn = distill.make_loss(graphdef, config, BLOCK)
-    return updated(loss_fn, trainable, frozen, batch, config, accumulate=config.accumulate)
+        trainable = jax.tree.map(lambda x: x + 0.02, trainable)
+    return updated(distill.make_loss(graphdef, config, BLOCK), trainable, frozen, batch, config.accumulate)
 
 
-def updated(loss_fn, trainable, frozen, batch, config, accumulate=1):
-    """After each of two updates: losses, parameters, and the optimizer's state, which shows the gradients."""
-    optimizer = make_optimizer(config.optimizer, 10)
+def pretrained(model, batch):
+    graphdef, trainable, frozen = nnx.split(model, nnx.Param, ...)
+    trainable = jax.tree.map(jnp.array, trainable)
+    loss_fn = (
+        causal.make_loss(graphdef) if model.config.causal else denoising.make_loss(graphdef, PretrainConfig(steps=2))
+    )
+    return updated(loss_fn, trainable, frozen, batch)
+
+
+def updated(loss_fn, trainable, frozen, batch, accumulate=1):
+    """After each of two updates: losses, parameters, and the momentum, which is the gradient at first.
+
+    By SGD: an optimizer that scales each entry makes as much of a gradient's rounding as of the gradient.
+    """
+    optimizer = optax.sgd(1e-3, momentum=0.9)
     state = TrainState.create(trainable, optimizer, ema=True)
     train_step = make_train_step(loss_fn, optimizer, seed=3, accumulate=accumulate, ema_decay=0.9)
     steps = []
@@ -102,13 +113,14 @@ def updated(loss_fn, trainable, frozen, batch, config, accumulate=1):
     return steps
 
 
-def pretrained(model, batch, **options):
-    objective = "autoregressive" if model.config.causal else "masked_denoising"
-    config = PretrainConfig(steps=2, objective=objective, **options)
-    graphdef, trainable, frozen = nnx.split(model, nnx.Param, ...)
-    trainable = jax.tree.map(jnp.array, trainable)
-    loss_fn = causal.make_loss(graphdef) if model.config.causal else denoising.make_loss(graphdef, config)
-    return updated(loss_fn, trainable, frozen, batch, config)
+def optimized(model, batch, name):
+    """An update of a whole model by a gradient that is as large as the weights."""
+    params = nnx.state(model, nnx.Param)
+    optimizer = make_optimizer(OptimizerConfig(name=name, learning_rate=1e-2), 1)
+    state = optimizer.init(params)
+    updates, after = jax.jit(optimizer.update)(params, state, params)
+    assert jax.tree.map(jax.typeof, (updates, after)) == jax.tree.map(jax.typeof, (params, state))
+    return updates, after
 
 
 CASES = {
@@ -150,7 +162,9 @@ CASES = {
     "distilled, LoRA": (CONFIG, partial(distilled, lora_rank=2, accumulate=2)),
     "distilled, online": (SHIFTED, partial(distilled, lora_rank=0, teacher="online", remat=True)),
     "pretrained": (TIED, pretrained),
-    "pretrained, causal": (CAUSAL, partial(pretrained, optimizer=OptimizerConfig())),
+    "pretrained, causal": (CAUSAL, pretrained),
+    "optimized, AdamW": (CONFIG, partial(optimized, name="adamw")),
+    "optimized, Muon": (CONFIG, partial(optimized, name="muon")),
 }
 
 
