@@ -38,7 +38,7 @@ def random_model(config: ModelConfig) -> Transformer:
     """A model of which every leaf, norms and biases included, is random."""
     model = Transformer(config, rngs=nnx.Rngs(3))
     keys = iter(jax.random.split(jax.random.key(4), len(jax.tree.leaves(model))))
-    return jax.tree.map(lambda x: x + 0.3 * jax.random.normal(next(keys), x.shape), model)
+    return jax.tree.map(lambda x: x + 0.1 * jax.random.normal(next(keys), x.shape), model)
 
 
 def batch_of(config: ModelConfig) -> dict[str, np.ndarray]:
@@ -126,10 +126,10 @@ def optimized(model, batch, name):
 CASES = {
     "forward": (CONFIG, forward),
     "tied": (TIED, forward),
-    "cdlm": (CONFIG, partial(decoded, cdlm, block_size=BLOCK, unmask=Threshold(0.3), key=False)),
+    "cdlm": (CONFIG, partial(decoded, cdlm, block_size=BLOCK, unmask=Threshold(0.1), key=False)),
     "cdlm, shifted, sampled, separate commits": (
         SHIFTED,
-        partial(decoded, cdlm, block_size=BLOCK, unmask=Threshold(0.3), temperature=0.7, merge_commit=False),
+        partial(decoded, cdlm, block_size=BLOCK, unmask=Threshold(0.1), temperature=0.7, merge_commit=False),
     ),
     "naive": (CONFIG, partial(decoded, naive, block_size=BLOCK, key=False, cfg_scale=0.5)),
     "naive, random": (
@@ -150,7 +150,7 @@ CASES = {
     "fast_dllm, prefix": (SHIFTED, partial(decoded, fast_dllm, block_size=BLOCK, cache="prefix", key=False)),
     "fast_dllm, dual": (
         CONFIG,
-        partial(decoded, fast_dllm, block_size=BLOCK, cache="dual", threshold=0.3, key=False),
+        partial(decoded, fast_dllm, block_size=BLOCK, cache="dual", threshold=0.1, key=False),
     ),
     "dllm_cache": (
         CONFIG,
