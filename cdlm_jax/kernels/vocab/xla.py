@@ -1,7 +1,7 @@
 """Streams the vocabulary in tiles of head columns; only [..., tile] logits ever exist, forward and backward.
 
-On a mesh that cuts the head's columns into P pieces, each device streams its own: arrays have an axis P, and what the
-pieces say is merged at the end. Otherwise P is 1. A tile's `fsdp` pieces are gathered when its turn comes.
+On a mesh that cuts the head's columns into P pieces, each device streams its own: arrays have one more axis, P before
+`size`, and what the pieces say is merged at the end. A tile's `fsdp` pieces are gathered when its turn comes.
 
 Softmax statistics are kept relative to a running maximum and merged tile by tile (online softmax, Milakov and
 Gimelshein, arXiv 1805.02867). Backward passes recompute each tile and read its probabilities off the saved
@@ -21,8 +21,14 @@ from cdlm_jax.sharding import gathered, pieces, whole
 
 
 def in_pieces(head, like=None):
-    """[d, V] -> [d, P, V / P], one piece of consecutive columns per device, as they hold them of `like`."""
-    return head.reshape(head.shape[0], pieces(head if like is None else like, 1), -1)
+    """[d, V] -> [d, P, V / P], one piece of consecutive columns per device, if `like` (the head itself) is cut so."""
+    count = pieces(head if like is None else like, 1)
+    return head if count == 1 else head.reshape(head.shape[0], count, -1)
+
+
+def over_columns(x, head):
+    """[...] -> [..., 1] or [..., 1, 1], to meet a tile's logits."""
+    return x.reshape(x.shape + (1,) * (head.ndim - 1))
 
 
 def sweep(step, carry, vocab, tile):
@@ -40,30 +46,35 @@ def sweep(step, carry, vocab, tile):
 
 
 def merge_tiles(measure, merge, head, tile):
-    """The statistics measure(start, size) [..., P] of every tile, merged left to right, then over the pieces: [...]."""
+    """The statistics measure(start, size) of every tile, merged left to right, and then over the pieces."""
 
     def step(carry, start, size):
         new = measure(start, size)
         return new if carry is None else merge(carry, new)
 
-    statistics = jax.tree.map(whole, sweep(step, None, head.shape[2], tile))
+    statistics = sweep(step, None, head.shape[-1], tile)
+    if head.ndim == 2:
+        return statistics
+    statistics = jax.tree.map(whole, statistics)
     return reduce(merge, (jax.tree.map(lambda x, i=i: x[..., i], statistics) for i in range(head.shape[1])))
 
 
 def columns(head, start, size):
-    """A tile of every piece: [d, P * size]."""
-    return jax.lax.dynamic_slice_in_dim(head, start, size, axis=2).reshape(head.shape[0], -1)
+    """[d, size], or of every piece together [d, P * size]."""
+    return jax.lax.dynamic_slice_in_dim(head, start, size, axis=-1).reshape(head.shape[0], -1)
 
 
 def tile_logits(hidden, head, start, size):
     z = logits(hidden, gathered(columns(head, start, size), "fsdp"))
-    return z.reshape(*z.shape[:-1], head.shape[1], size)  # float32 [..., P, size]
+    return z.reshape(*z.shape[:-1], *head.shape[1:-1], size)  # float32 [..., size]
 
 
 def tokens(head, start, size):
-    """int32 [P, size], the ids of a tile's columns."""
-    first = jnp.arange(head.shape[1], dtype=jnp.int32)[:, None] * head.shape[2]
-    return first + start + jnp.arange(size, dtype=jnp.int32)
+    """int32 [size], the ids of a tile's columns."""
+    ids = start + jnp.arange(size, dtype=jnp.int32)
+    if head.ndim == 2:
+        return ids
+    return ids + jnp.arange(head.shape[1], dtype=jnp.int32)[:, None] * head.shape[2]
 
 
 # ---- log-sum-exp ---------------------------------------------------------------------------------------------------
@@ -103,12 +114,12 @@ class Peak(NamedTuple):
 
 
 def peak(z, ids, forbidden):
-    """z [..., P, size] of the tokens ids [P, size]."""
+    """z [..., size] of the tokens ids [size]."""
     total, exp = log_sum(z)
     moment = jnp.sum((z - total.top[..., None]) * exp, axis=-1)
     if forbidden is not None:
         z = jnp.where(ids == forbidden, -jnp.inf, z)
-    token = ids[:, 0] + jnp.argmax(z, axis=-1).astype(jnp.int32)  # the first of equals
+    token = ids[..., 0] + jnp.argmax(z, axis=-1).astype(jnp.int32)  # the first of equals
     others = jnp.where(ids == token[..., None], -jnp.inf, z)
     return Peak(total, token, jnp.max(z, axis=-1), jnp.max(others, axis=-1), moment)
 
@@ -160,15 +171,15 @@ def pull_back(d_logits, hidden, head, tile):
     def step(carry, start, size):
         d_hidden, d_head = carry
         w = columns(head, start, size)
-        dz = d_logits(start, size).astype(hidden.dtype)  # [..., P, size]
-        dz = dz.reshape(*dz.shape[:-2], -1)
+        dz = d_logits(start, size).astype(hidden.dtype)
+        dz = dz.reshape(*hidden.shape[:-1], -1)  # [..., size], or [..., P * size]
         d_hidden += product("...v,dv->...d", dz, gathered(w, "fsdp"), like=hidden)
         d_columns = product("...d,...v->dv", hidden, dz, like=w).astype(head.dtype)
-        d_columns = d_columns.reshape(*head.shape[:2], size)
-        return d_hidden, jax.lax.dynamic_update_slice_in_dim(d_head, d_columns, start, axis=2)
+        d_columns = d_columns.reshape(*head.shape[:-1], size)
+        return d_hidden, jax.lax.dynamic_update_slice_in_dim(d_head, d_columns, start, axis=-1)
 
     zeros = jnp.zeros_like(hidden, dtype=jnp.float32), jnp.zeros_like(head)
-    d_hidden, d_head = sweep(step, zeros, head.shape[2], tile)
+    d_hidden, d_head = sweep(step, zeros, head.shape[-1], tile)
     return d_hidden.astype(hidden.dtype), d_head.reshape(head.shape[0], -1)
 
 
@@ -215,9 +226,9 @@ def _linear_kl_backward(tile, saved, g):
     teacher_hidden, teacher_head, student_hidden, head, weights, teacher_total, student_total = saved
 
     def d_logits(start, size):
-        p = jnp.exp(tile_logits(teacher_hidden, teacher_head, start, size) - teacher_total[..., None, None])
-        q = jnp.exp(tile_logits(student_hidden, head, start, size) - student_total[..., None, None])
-        return (g * weights)[..., None, None] * (q - p)
+        p = jnp.exp(tile_logits(teacher_hidden, teacher_head, start, size) - over_columns(teacher_total, head))
+        q = jnp.exp(tile_logits(student_hidden, head, start, size) - over_columns(student_total, head))
+        return over_columns(g * weights, head) * (q - p)
 
     d_hidden, d_head = pull_back(d_logits, student_hidden, head, tile)
     return None, None, d_hidden, d_head, None
@@ -248,7 +259,7 @@ def _linear_nll_forward(hidden, head, targets, weights, tile):
 
     def measure(start, size):
         z = tile_logits(hidden, head, start, size)
-        is_target = tokens(head, start, size) == targets[..., None, None]
+        is_target = tokens(head, start, size) == over_columns(targets, head)
         return Likelihood(log_sum(z)[0], jnp.sum(jnp.where(is_target, z, 0), axis=-1))
 
     total, picked = merge_tiles(measure, merge_likelihoods, head, tile)
@@ -260,9 +271,9 @@ def _linear_nll_backward(tile, saved, g):
     hidden, head, targets, weights, total = saved
 
     def d_logits(start, size):
-        q = jnp.exp(tile_logits(hidden, head, start, size) - total[..., None, None])
-        is_target = tokens(head, start, size) == targets[..., None, None]
-        return (g * weights)[..., None, None] * (q - is_target)
+        q = jnp.exp(tile_logits(hidden, head, start, size) - over_columns(total, head))
+        is_target = tokens(head, start, size) == over_columns(targets, head)
+        return over_columns(g * weights, head) * (q - is_target)
 
     d_hidden, d_head = pull_back(d_logits, hidden, head, tile)
     return d_hidden, d_head, None, None
