@@ -83,7 +83,7 @@ class Recipe:
         names = ("seed", "tasks", "prompt_length", "gen_length", "block_size", *sections)
         values = dataclasses.asdict(self)
         for section in ("pretrain", "distill"):
-            for name in ("checkpoint_every", "evaluate_every", "log_every"):
+            for name in ("checkpoint_every", "keep_checkpoints", "keep_every", "evaluate_every", "log_every"):
                 del values[section][name]
         return {name: values[name] for name in names}
 
