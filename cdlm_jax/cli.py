@@ -11,6 +11,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from cdlm_jax import preemption
 from cdlm_jax.config import InputError, build
 
 USAGE = """usage: cdlm <command> [--flag=value ...]        (cdlm <command> --help lists its flags)
@@ -30,7 +31,11 @@ pretrain, collect, distill, quickstart, benchmark take --config=configs/x.py, an
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0, 2 for unusable input (one line says why), 130 when interrupted."""
+    """Run one command; returns the exit status.
+
+    0; 2 for unusable input (one line says why); 130 when interrupted; 75 when SIGTERM ended what the same command
+    continues.
+    """
     arguments = sys.argv[1:] if argv is None else argv
     if not arguments or arguments[0] in ("help", "--help", "-h"):
         print(USAGE)
@@ -45,7 +50,8 @@ def main(argv: list[str] | None = None) -> int:
         parsed = rest if define is None else _parse(name, define, rest)  # another program parses its own arguments
         if parsed is None:
             return 0
-        run(parsed)
+        with preemption.stops_at_once():
+            run(parsed)
     except InputError as error:
         print(f"cdlm {name}: {error}", file=sys.stderr)
         return 2
@@ -55,6 +61,9 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"cdlm {name}: interrupted", file=sys.stderr)
         return 130
+    except preemption.Preempted as stop:
+        print(f"cdlm {name}: {stop}", file=sys.stderr)
+        return preemption.EXIT_STATUS
     return 0
 
 
@@ -149,6 +158,11 @@ def _config_path(name: str) -> str:
     return str(inside if inside.exists() else beside)
 
 
+def _training_flags(values: flags.FlagValues) -> None:
+    _config_flags("tiny.py")(values)
+    flags.DEFINE_bool("profile", False, "Write an XProf trace of 3 steps under the work folder.", flag_values=values)
+
+
 def _quickstart_flags(values: flags.FlagValues) -> None:
     _config_flags("tiny.py", "quick")(values)
     flags.DEFINE_bool("from_scratch", False, "Train the teacher too.", flag_values=values)
@@ -237,7 +251,8 @@ def _stage(name: str) -> Callable[[flags.FlagValues], None]:
 
         settings = _recipe(values)
         print(f"{name}: everything is written under {settings.folder}")
-        getattr(recipe, name)(settings)
+        options = {"profile": values.profile} if "profile" in values else {}
+        getattr(recipe, name)(settings, **options)
 
     return run
 
@@ -363,9 +378,9 @@ def _console():
 
 COMMANDS: dict[str, tuple[Callable | None, Callable]] = {
     "quickstart": (_quickstart_flags, _quickstart),
-    "pretrain": (_config_flags("tiny.py"), _stage("pretrain")),
+    "pretrain": (_training_flags, _stage("pretrain")),
     "collect": (_config_flags("tiny.py"), _stage("collect")),
-    "distill": (_config_flags("tiny.py"), _stage("distill")),
+    "distill": (_training_flags, _stage("distill")),
     "generate": (_generate_flags, _generate),
     "evaluate": (_evaluate_flags, _evaluate),
     "benchmark": (_benchmark_flags, _benchmark),

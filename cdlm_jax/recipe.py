@@ -21,6 +21,7 @@ from cdlm_jax.models.transformer import Transformer
 from cdlm_jax.tokenizers import Tokenizer
 from cdlm_jax.training import causal, denoising
 from cdlm_jax.training import distill as distillation
+from cdlm_jax.training.flops import RowShape, distill_flops, pretrain_flops
 from cdlm_jax.training.loop import train
 from cdlm_jax.training.optimizer import make_optimizer
 from cdlm_jax.training.pretrain import PretrainConfig
@@ -91,12 +92,16 @@ class Recipe:
         """Problems of the recipe's mixture; different streams of one recipe draw different problems."""
         return ProblemMixture(self.tasks, split, length, self.seed + stream)
 
+    @property
+    def row(self) -> RowShape:
+        return RowShape(prompt_length=self.prompt_length, gen_length=self.gen_length, block_size=self.block_size)
+
     def metadata(self, role: str) -> dict:
         names = ("prompt_length", "gen_length", "block_size")
         return {"role": role, "tasks": list(self.tasks)} | {name: getattr(self, name) for name in names}
 
 
-def pretrain(recipe: Recipe) -> ModelFolder:
+def pretrain(recipe: Recipe, *, profile: bool = False) -> ModelFolder:
     """Train a bidirectional teacher on the mixture, or a causal model: writes `work/teacher`, `work/autoregressive`."""
     config = recipe.pretrain
     start = ModelFolder.load(recipe.init) if recipe.init else untrained(recipe)
@@ -121,6 +126,8 @@ def pretrain(recipe: Recipe) -> ModelFolder:
         settings=settings,
         label=config.role,
         evaluate=_heldout(recipe, encoder, partial(_merged, graphdef, rest), config.role),
+        flops_per_step=pretrain_flops(start.model.config, config, recipe.row),
+        profile=profile,
     )
     trained = ModelFolder(_merged(graphdef, rest, state), start.tokenizer, recipe.metadata(config.role))
     trained.save(recipe.folder / config.role, replace=True)
@@ -162,7 +169,7 @@ def collect(recipe: Recipe) -> None:
     )
 
 
-def distill(recipe: Recipe) -> ModelFolder:
+def distill(recipe: Recipe, *, profile: bool = False) -> ModelFolder:
     """Train the block-causal student on `work/trajectories`; writes `work/student`, adapters merged."""
     config = recipe.distill
     teacher = ModelFolder.load(recipe.teacher)
@@ -193,6 +200,8 @@ def distill(recipe: Recipe) -> ModelFolder:
         settings=recipe.settings("distill") | {"trajectories": dataclasses.asdict(trajectories.metadata)},
         label="student",
         evaluate=_heldout(recipe, encoder, partial(_merged, graphdef, frozen.student), "student"),
+        flops_per_step=distill_flops(teacher.model.config, config, recipe.row),
+        profile=profile,
     )
     student = merge(_merged(graphdef, frozen.student, state))
     student = jax.tree.map(lambda x, like: x.astype(like.dtype), student, teacher.model)
