@@ -71,6 +71,7 @@ def _quiet() -> None:
     """No chatter of libraries between our own lines."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     logging.getLogger("absl").setLevel(logging.ERROR)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # Orbax leaves tasks behind when it cannot read a file
     warnings.filterwarnings("ignore", module=r"(orbax|tensorflow_datasets|etils|grain)\b.*")
 
 

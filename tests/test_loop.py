@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import shutil
+import signal
 from collections import Counter
 from functools import cache, partial
 
@@ -16,6 +18,7 @@ from flax import nnx
 from cdlm_jax.config import InputError, ModelConfig
 from cdlm_jax.models import lora
 from cdlm_jax.models.transformer import Transformer
+from cdlm_jax.preemption import Preempted
 from cdlm_jax.training.checkpoints import Checkpoints
 from cdlm_jax.training.loop import LoopConfig, NonFiniteLoss, train
 from cdlm_jax.training.optimizer import OptimizerConfig, make_optimizer
@@ -257,6 +260,48 @@ def test_a_leftover_of_a_killed_run_is_never_read(tmp_path):
     assert_same_state(Checkpoints(tmp_path, SETTINGS).restore(start())[0], advanced(start(), 2))
 
 
+def test_chosen_checkpoints_are_kept(tmp_path):
+    run(tmp_path, checkpoint_every=2, keep_every=4, keep_checkpoints=1)
+    assert saved(tmp_path) == [4, 8, STEPS]
+    run(tmp_path / "other", checkpoint_every=2, keep_checkpoints=3)
+    assert saved(tmp_path / "other") == [6, 8, STEPS]
+
+
+def test_a_damaged_checkpoint_is_named(uninterrupted, tmp_path):
+    shutil.copytree(uninterrupted(True)[1], tmp_path / "run")
+    for path in (tmp_path / "run" / "checkpoints" / str(STEPS) / "state").rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[:10])
+    with pytest.raises(InputError, match=rf"checkpoints/{STEPS} cannot be read \(\w+\); if it is damaged, remove it"):
+        run(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / str(STEPS))
+    assert_same_state(run(tmp_path / "run"), uninterrupted(True)[0])
+
+
+# ---- preemption ----------------------------------------------------------------------------------------------------
+
+
+def told(at):
+    """SIGTERM comes while one step is started."""
+
+    def step(state, frozen, batch):
+        if int(state.step) == at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step_with(True)(state, frozen, batch)
+
+    return step
+
+
+@pytest.mark.parametrize(("at", "kept"), [(0, [1]), (4, [4, 5]), (EVERY - 1, [4]), (STEPS - 1, [8, 10])])
+def test_a_preempted_run_continues(uninterrupted, tmp_path, at, kept):
+    expected, folder = uninterrupted(True)
+    with pytest.raises(Preempted, match=f"^preempted at step {at + 1}, saved; run the same command to continue$"):
+        run(tmp_path, step=told(at))
+    assert saved(tmp_path) == kept
+    assert_same_state(run(tmp_path), expected)
+    assert logged(tmp_path) == logged(folder)
+
+
 # ---- losses that are not numbers -----------------------------------------------------------------------------------
 
 
@@ -341,6 +386,10 @@ def test_a_state_that_is_not_a_number_is_not_evaluated(tmp_path):
     ("changes", "message"),
     [
         ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"keep_checkpoints": 0}, "keep_checkpoints must be at least 1, got 0"),
+        ({"keep_every": -4}, "keep_every must not be negative, got -4"),
+        ({"keep_every": 4}, "keep_every 4 must be a multiple of checkpoint_every 0"),
+        ({"keep_every": 6, "checkpoint_every": 4}, "keep_every 6 must be a multiple of checkpoint_every 4"),
         ({"checkpoint_every": -1}, "checkpoint_every must not be negative, got -1"),
         ({"evaluate_every": -2}, "evaluate_every must not be negative, got -2"),
         ({"log_every": -3}, "log_every must not be negative, got -3"),

@@ -10,6 +10,8 @@ import pytest
 from test_model_folder import contents, tiny_folder
 from test_recipe import SETTINGS, metrics, write_config
 
+from cdlm_jax import recipe
+from cdlm_jax.cli import main
 from cdlm_jax.preemption import EXIT_STATUS, Notice, Preempted, noticed, stops_at_once
 
 
@@ -104,61 +106,72 @@ def test_another_thread_is_left_alone():
 
 # ---- the command ---------------------------------------------------------------------------------------------------
 
-# Runs a command, and sends itself SIGTERM when the batch of that number is asked for, or before any work.
+# Runs a command that gets SIGTERM when it starts the training step of this number.
 TOLD = """
 import os, signal, sys
 from cdlm_jax import cli, recipe
-moment, *arguments = sys.argv[1:]
 
-def terminate():
-    os.kill(os.getpid(), signal.SIGTERM)
+make = recipe.make_train_step
 
-def failing(state, frozen, batch, *, step):
-    if moment != "never" and int(state.step) == int(moment):
-        terminate()
-    return step(state, frozen, batch)
+def make_told(*arguments, **options):
+    train_step = make(*arguments, **options)
 
-def make(*arguments, **options):
-    from functools import partial
-    return partial(failing, step=make_train_step(*arguments, **options))
+    def told(state, frozen, batch):
+        if int(state.step) == int(sys.argv[1]):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return train_step(state, frozen, batch)
 
-make_train_step, recipe.make_train_step = recipe.make_train_step, make
-if moment == "loading":
-    moment, read = "never", recipe.read
-    recipe.read = lambda *a, **k: terminate() or read(*a, **k)
-sys.exit(cli.main(arguments))
+    return told
+
+recipe.make_train_step = make_told
+sys.exit(cli.main(sys.argv[2:]))
 """
+AGAIN = "run the same command to continue"
 
 
-def test_a_preempted_command_continues(tmp_path):
+@pytest.fixture
+def config(tmp_path):
     tiny_folder().save(tmp_path / "teacher")
-    sizes = {"distill": SETTINGS["distill"] | {"steps": 4, "accumulate": 1, "checkpoint_every": 0}}
-    config = write_config(tmp_path / "config.py", SETTINGS | sizes)
-    (tmp_path / "told.py").write_text(TOLD)
-    compiled = {
+    sizes = SETTINGS["distill"] | {"steps": 3, "accumulate": 1, "checkpoint_every": 0}
+    return write_config(tmp_path / "config.py", SETTINGS | {"teacher": str(tmp_path / "teacher"), "distill": sizes})
+
+
+def test_a_preempted_command_continues(config, tmp_path):
+    env = os.environ | {
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
 
-    def run(command: str, work: str, moment: str = "never") -> tuple[int, str]:
-        line = [sys.executable, "told.py", moment, command, f"--config={config}", f"--config.work={work}"]
-        done = subprocess.run(line, cwd=tmp_path, env=os.environ | compiled, capture_output=True, text=True)
-        assert "Traceback" not in done.stderr, done.stderr
+    def run(command: str, work: str, *program: str) -> tuple[int, str]:
+        line = [
+            sys.executable,
+            *(program or ("-m", "cdlm_jax")),
+            command,
+            f"--config={config}",
+            f"--config.work={work}",
+        ]
+        done = subprocess.run(line, cwd=tmp_path, env=env, capture_output=True, text=True)
         return done.returncode, done.stderr.strip()
-
-    assert run("collect", "calm")[0] == run("distill", "calm")[0] == 0
-    os.symlink(tmp_path / "calm" / "trajectories", (tmp_path / "work").mkdir() or tmp_path / "work" / "trajectories")
-    again = "run the same command to continue"
-    assert run("distill", "work", "loading") == (EXIT_STATUS, f"cdlm distill: preempted; {again}")
-    assert not (tmp_path / "work" / "distill").exists()
-    assert run("distill", "work", "0") == (EXIT_STATUS, f"cdlm distill: preempted at step 1, saved; {again}")
-    assert run("distill", "work", "2") == (EXIT_STATUS, f"cdlm distill: preempted at step 3, saved; {again}")
-    assert not (tmp_path / "work" / "student").exists()
-    assert run("distill", "work") == (0, "")
-    assert contents(tmp_path / "work" / "student") == contents(tmp_path / "calm" / "student")
 
     def losses(work: str) -> list:
         return [(row["step"], row["loss"]) for row in metrics(tmp_path / work / "distill")]
 
-    assert losses("work") == losses("calm") and len(losses("calm")) == 4
+    assert run("collect", "calm") == run("distill", "calm") == (0, "")
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "trajectories").symlink_to(tmp_path / "calm" / "trajectories")
+    (tmp_path / "told.py").write_text(TOLD)
+    told = run("distill", "work", "told.py", "0")  # about to compile
+    assert told == (EXIT_STATUS, f"cdlm distill: preempted at step 1, saved; {AGAIN}")
+    assert not (tmp_path / "work" / "student").exists()
+    assert run("distill", "work") == (0, "")
+    assert contents(tmp_path / "work" / "student") == contents(tmp_path / "calm" / "student")
+    assert losses("work") == losses("calm") and len(losses("calm")) == 3
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+def test_before_training_it_stops_at_once(config, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(recipe, "read", lambda *arguments, **options: terminate())
+    assert main(["distill", f"--config={config}", f"--config.work={tmp_path / 'work'}"]) == EXIT_STATUS
+    assert capsys.readouterr().err == f"cdlm distill: preempted; {AGAIN}\n"

@@ -1,7 +1,10 @@
 """Training checkpoints with Orbax: the train state, the data iterator's place, and the settings they belong to."""
 
+import contextlib
 import functools
 import json
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -55,12 +58,14 @@ class Checkpoints:
         if latest is None:
             return None
         try:
-            return self._read(latest.step, like)
+            with _silent_threads():
+                return self._read(latest.step, like)
         except InputError:
             raise
-        except Exception as error:  # Orbax raises many kinds
+        except Exception as error:  # of many kinds, whose messages are pages long
             path = self._checkpointer.directory / str(latest.step)
-            raise InputError(f"the checkpoint {path} cannot be read: {error}; remove it to use the one before") from error
+            found = f"the checkpoint {path} cannot be read ({type(error).__name__})"
+            raise InputError(f"{found}; if it is damaged, remove it to continue from the one before") from error
 
     def _read(self, step: int, like: TrainState) -> tuple[TrainState, dict]:
         place = self._checkpointer.metadata(step).custom_metadata
@@ -77,6 +82,16 @@ class Checkpoints:
 
     def close(self) -> None:
         self._checkpointer.close()
+
+
+@contextlib.contextmanager
+def _silent_threads() -> Iterator[None]:
+    """Where a file is damaged, threads of TensorStore each print a traceback; the error that is raised says enough."""
+    hook, sys.excepthook = sys.excepthook, lambda *_: None
+    try:
+        yield
+    finally:
+        sys.excepthook = hook
 
 
 def _flat(settings: dict) -> dict:
