@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import sys
+import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -71,7 +72,9 @@ def _quiet() -> None:
     """No chatter of libraries between our own lines."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     logging.getLogger("absl").setLevel(logging.ERROR)
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # Orbax leaves tasks behind when it cannot read a file
+    # Where a checkpoint's file is damaged, Orbax leaves tasks behind, and TensorStore's threads print tracebacks.
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    sys.excepthook = lambda *error: threading.current_thread() is threading.main_thread() and sys.__excepthook__(*error)
     warnings.filterwarnings("ignore", module=r"(orbax|tensorflow_datasets|etils|grain)\b.*")
 
 

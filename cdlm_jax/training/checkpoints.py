@@ -1,10 +1,7 @@
 """Training checkpoints with Orbax: the train state, the data iterator's place, and the settings they belong to."""
 
-import contextlib
 import functools
 import json
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -58,8 +55,7 @@ class Checkpoints:
         if latest is None:
             return None
         try:
-            with _silent_threads():
-                return self._read(latest.step, like)
+            return self._read(latest.step, like)
         except InputError:
             raise
         except Exception as error:  # of many kinds, whose messages are pages long
@@ -82,16 +78,6 @@ class Checkpoints:
 
     def close(self) -> None:
         self._checkpointer.close()
-
-
-@contextlib.contextmanager
-def _silent_threads() -> Iterator[None]:
-    """Where a file is damaged, threads of TensorStore each print a traceback; the error that is raised says enough."""
-    hook, sys.excepthook = sys.excepthook, lambda *_: None
-    try:
-        yield
-    finally:
-        sys.excepthook = hook
 
 
 def _flat(settings: dict) -> dict:
