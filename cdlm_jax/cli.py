@@ -4,7 +4,6 @@ import contextlib
 import logging
 import os
 import sys
-import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -72,9 +71,9 @@ def _quiet() -> None:
     """No chatter of libraries between our own lines."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     logging.getLogger("absl").setLevel(logging.ERROR)
-    # Where a checkpoint's file is damaged, Orbax leaves tasks behind, and TensorStore's threads print tracebacks.
+    # Where a checkpoint's file is damaged, Orbax leaves tasks behind, whose callbacks fail one by one.
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-    sys.excepthook = lambda *error: threading.current_thread() is threading.main_thread() and sys.__excepthook__(*error)
+    sys.excepthook = lambda *error: str(error[1]) == "Event loop is closed" or sys.__excepthook__(*error)
     warnings.filterwarnings("ignore", module=r"(orbax|tensorflow_datasets|etils|grain)\b.*")
 
 

@@ -1,7 +1,7 @@
 """Run by test_resume in processes of their own, since the number of devices is fixed when JAX starts:
 
 python resume_cases.py meshes FOLDER           ->  JSON: how far continued runs are from an uninterrupted one
-python resume_cases.py cluster FOLDER PORT ID  ->  one of two processes; JSON: the same, and what it said when it stopped
+python resume_cases.py cluster FOLDER PORT ID  ->  one of two processes; JSON: the same, and what it said on stopping
 """
 
 import json
