@@ -1,5 +1,6 @@
 """The training loop and its checkpoints on a toy problem: exact continuation, refusals, non-finite stops, metrics."""
 
+import gzip
 import json
 import math
 import os
@@ -22,6 +23,7 @@ from cdlm_jax.preemption import Preempted
 from cdlm_jax.training.checkpoints import Checkpoints
 from cdlm_jax.training.loop import LoopConfig, NonFiniteLoss, train
 from cdlm_jax.training.optimizer import OptimizerConfig, make_optimizer
+from cdlm_jax.training.profile import Profile
 from cdlm_jax.training.step import TrainState, make_train_step
 
 STEPS, EVERY = 10, 4
@@ -276,6 +278,44 @@ def test_a_damaged_checkpoint_is_named(uninterrupted, tmp_path):
         run(tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / str(STEPS))
     assert_same_state(run(tmp_path / "run"), uninterrupted(True)[0])
+
+
+# ---- profile -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("start_at", "steps", "traced"), [(0, 10, [2, 3, 4]), (3, 7, [4, 5, 6]), (8, 10, [8, 9])])
+def test_three_steps_are_traced(tmp_path, monkeypatch, start_at, steps, traced):
+    running, seen = [], []
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: running.append(folder))
+    monkeypatch.setattr(jax.profiler, "stop_trace", running.pop)
+    trace = Profile(tmp_path, start_at, steps)
+    for step in range(start_at, steps):
+        with trace.step(step):
+            seen += [step] * len(running)
+        trace.started(step, {})
+    assert seen == traced and not running
+
+
+def test_a_run_leaves_a_trace(tmp_path):
+    run(tmp_path / "plain", steps=3)
+    assert not (tmp_path / "plain" / "profile").exists()
+    train(
+        step_with(True),
+        start(),
+        None,
+        batches(),
+        LoopConfig(steps=6),
+        folder=tmp_path,
+        settings=SETTINGS,
+        label="toy",
+        flops_per_step=1e6,
+        profile=True,
+    )
+    (trace,) = (tmp_path / "profile").rglob("*.trace.json.gz")
+    events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+    assert [event["args"]["step_num"] for event in events if event.get("name") == "train"] == ["2", "3", "4"]
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+    assert all(line["model_flops_per_second"] > 0 for line in lines(tmp_path))
 
 
 # ---- preemption ----------------------------------------------------------------------------------------------------
