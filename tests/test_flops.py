@@ -78,10 +78,9 @@ def compiled(loss_fn, trainable, frozen, names) -> float:
 WIDE = dataclasses.replace(TINY, num_layers=1, hidden_size=128, mlp_size=256, vocab_size=256)
 
 
-@pytest.mark.parametrize("options", [{"lora_rank": 4}, {"lora_rank": 0, "teacher": "online"}])
-def test_the_compiled_objective_does_little_more(options):
+def test_the_compiled_objective_does_little_more():
     """Beyond the count are one more look at the vocabulary for each loss, and whatever is no matrix product."""
-    config = DistillConfig(steps=1, batch_size=ROWS, **options)
+    config = DistillConfig(steps=1, batch_size=ROWS, lora_rank=4)
     model = Transformer(WIDE, rngs=nnx.Rngs(0))
     graphdef, trainable, frozen = distill.make_student(model, config, jax.random.key(0))
     names = ("prompt", "prompt_length", "tokens", "order", "hidden", "answer")
