@@ -110,7 +110,8 @@ def _checked(kind, value, name: str):
     if get_origin(kind) is Literal:
         if value in get_args(kind):
             return value
-        raise InputError(f"{name} must be {' or '.join(str(each) or repr(each) for each in get_args(kind))}, got {value!r}")
+        allowed = " or ".join(str(each) or repr(each) for each in get_args(kind))
+        raise InputError(f"{name} must be {allowed}, got {value!r}")
     if get_origin(kind) is tuple and isinstance(value, (list, tuple)):
         return tuple(_checked(get_args(kind)[0], item, name) for item in value)
     if get_origin(kind) is dict and isinstance(value, Mapping):

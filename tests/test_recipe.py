@@ -114,9 +114,7 @@ def test_prompts_of_a_file_and_several_stores(tmp_path, finished):
         stages.distill(second)
     stages.distill(dataclasses.replace(second, dtype=""))
     assert ModelFolder.load(tmp_path / "second" / "student").metadata["tasks"] == []
-    with pytest.raises(
-        InputError, match=r"num_prompts is 11, but .*sums.jsonl has fewer: 10 of its 10 prompts"
-    ):
+    with pytest.raises(InputError, match=r"num_prompts is 11, but .*sums.jsonl has fewer: 10 of its 10 prompts"):
         stages.collect(dataclasses.replace(first, collect=dataclasses.replace(first.collect, num_prompts=11)))
     with pytest.raises(InputError, match="pre-training needs config.tasks, config.model and config.pretrain"):
         stages.pretrain(first)
