@@ -36,6 +36,7 @@ SETTINGS = {
     "block_size": BLOCK_SIZE,
     "teacher": "teacher",
     "heldout_per_task": 0,
+    "mesh": {"data": 1, "fsdp": -1, "tensor": 1},
     "model": {
         "hidden_size": 32,
         "num_layers": 2,
