@@ -57,6 +57,12 @@ def noticed() -> Iterator[Notice]:
         raise Preempted
 
 
+def received() -> bool:
+    """Whether SIGTERM has come within a `noticed` block around the caller; where there is none, it stopped at once."""
+    handler = signal.getsignal(signal.SIGTERM)
+    return isinstance(handler, Notice) and handler.received
+
+
 @contextlib.contextmanager
 def _handler(handler: Callable) -> Iterator[None]:
     """SIGTERM's handler within the block; Python lets only the main thread have one."""

@@ -12,7 +12,7 @@ from test_recipe import SETTINGS, metrics, write_config
 
 from cdlm_jax import recipe
 from cdlm_jax.cli import main
-from cdlm_jax.preemption import EXIT_STATUS, Notice, Preempted, noticed, stops_at_once
+from cdlm_jax.preemption import EXIT_STATUS, Notice, Preempted, noticed, received, stops_at_once
 
 
 def terminate():
@@ -56,6 +56,17 @@ def test_it_is_noted():
         terminate()
         seen.append(notice.received)
     assert seen == [False, True]
+
+
+def test_it_can_be_asked_for():
+    assert not received()
+    with stops_at_once():
+        assert not received()
+    with pytest.raises(Preempted), noticed():
+        assert not received()
+        terminate()
+        assert received()
+    assert not received()
 
 
 def test_without_a_signal_nothing_happens():

@@ -13,8 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from cdlm_jax import preemption, sharding
 from cdlm_jax.config import InputError
+from cdlm_jax.distributed import Agreement, is_main
 from cdlm_jax.preemption import Preempted
-from cdlm_jax.training.agreement import Agreement
 from cdlm_jax.training.checkpoints import Checkpoints
 from cdlm_jax.training.metrics_log import MetricsLog
 from cdlm_jax.training.profile import Profile
@@ -140,7 +140,7 @@ def train(
 def _progress() -> Progress:
     """One bar, shown by the first process of a cluster."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, TextColumn("{task.fields[status]}"), disable=jax.process_index() != 0)
+    return Progress(*columns, TextColumn("{task.fields[status]}"), disable=not is_main())
 
 
 def _read(pending: tuple[int, dict, int], log: MetricsLog, checkpoints: Checkpoints) -> None:

@@ -5,8 +5,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-import jax
-
+from cdlm_jax.distributed import is_main
 from cdlm_jax.training.throughput import Throughput
 
 
@@ -19,7 +18,7 @@ class MetricsLog:
 
     def __init__(self, folder: Path, start: int, due: Callable[[int], bool], throughput: Throughput):
         self._path, self._due, self._throughput = folder / "metrics.jsonl", due, throughput
-        self._writes = jax.process_index() == 0
+        self._writes = is_main()
         self._board = _board(folder / "tensorboard", start) if self._writes else None
         if self._writes and self._path.exists():
             lines = self._path.read_text().splitlines(keepends=True)
