@@ -1,4 +1,4 @@
-"""A trace of a few training steps, for XProf: `pip install xprof`, then `xprof FOLDER`."""
+"""A trace of a few training steps, for XProf: `pip install xprof`, then `xprof --logdir=FOLDER`."""
 
 import contextlib
 from collections.abc import Iterator

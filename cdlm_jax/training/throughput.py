@@ -12,7 +12,7 @@ from cdlm_jax.sharding import mesh_sizes
 
 
 class Throughput:
-    """A stopwatch over the steps since the last `read`.
+    """A stopwatch over the steps since the last `read`. A run's first step takes as long as it is compiled.
 
     flops_per_step: model FLOPs of one step over all devices (`training/flops.py`); None where nobody counted them.
     """
