@@ -11,7 +11,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict
 
-from cdlm_jax import cli_flags
+from cdlm_jax import cli_flags, preemption
 from cdlm_jax.config import InputError, build
 
 USAGE = """usage: cdlm <command> [--flag=value ...]        (cdlm <command> --help lists its flags)
@@ -31,7 +31,11 @@ pretrain, collect, distill, quickstart, benchmark take --config=configs/x.py, an
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0, 2 for unusable input (one line says why), 130 when interrupted."""
+    """Run one command; returns the exit status.
+
+    0; 2 for unusable input (one line says why); 130 when interrupted; 75 when SIGTERM ended what the same command
+    continues.
+    """
     arguments = sys.argv[1:] if argv is None else argv
     if not arguments or arguments[0] in ("help", "--help", "-h"):
         print(USAGE)
@@ -46,7 +50,8 @@ def main(argv: list[str] | None = None) -> int:
         parsed = rest if define is None else _parse(name, define, rest)  # another program parses its own arguments
         if parsed is None:
             return 0
-        run(parsed)
+        with preemption.stops_at_once():
+            run(parsed)
     except InputError as error:
         print(f"cdlm {name}: {error}", file=sys.stderr)
         return 2
@@ -56,6 +61,9 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"cdlm {name}: interrupted", file=sys.stderr)
         return 130
+    except preemption.Preempted as stop:
+        print(f"cdlm {name}: {stop}", file=sys.stderr)
+        return preemption.EXIT_STATUS
     return 0
 
 
@@ -63,6 +71,9 @@ def _quiet() -> None:
     """No chatter of libraries between our own lines."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     logging.getLogger("absl").setLevel(logging.ERROR)
+    # Where a checkpoint's file is damaged, Orbax leaves tasks behind, whose callbacks fail one by one.
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    sys.excepthook = lambda *error: str(error[1]) == "Event loop is closed" or sys.__excepthook__(*error)
     warnings.filterwarnings("ignore", module=r"(orbax|tensorflow_datasets|etils|grain)\b.*")
 
 
@@ -180,8 +191,11 @@ def _stage(name: str) -> Callable[[flags.FlagValues], None]:
         _join(values)
         if distributed.is_main():
             print(f"{name}: everything is written under {settings.folder}")
-        with jax.set_mesh(make_mesh(settings.mesh)):
-            getattr(recipe, name)(settings)
+        options = {"profile": values.profile} if "profile" in values else {}
+        # Alone, a process stops at once where it is not training; several stop where they agree to.
+        told = preemption.noticed() if jax.process_count() > 1 else contextlib.nullcontext()
+        with told, jax.set_mesh(make_mesh(settings.mesh)):
+            getattr(recipe, name)(settings, **options)
 
     return run
 
@@ -305,9 +319,9 @@ def _console():
 
 COMMANDS: dict[str, tuple[Callable | None, Callable]] = {
     "quickstart": (cli_flags.quickstart, _quickstart),
-    "pretrain": (cli_flags.stage, _stage("pretrain")),
+    "pretrain": (cli_flags.training, _stage("pretrain")),
     "collect": (cli_flags.stage, _stage("collect")),
-    "distill": (cli_flags.stage, _stage("distill")),
+    "distill": (cli_flags.training, _stage("distill")),
     "generate": (cli_flags.generate, _generate),
     "evaluate": (cli_flags.evaluate, _evaluate),
     "benchmark": (cli_flags.benchmark, _benchmark),

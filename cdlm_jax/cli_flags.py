@@ -20,6 +20,11 @@ def stage(values: flags.FlagValues) -> None:
     _processes(values)
 
 
+def training(values: flags.FlagValues) -> None:
+    stage(values)
+    flags.DEFINE_bool("profile", False, "Write an XProf trace of 3 steps under the work folder.", flag_values=values)
+
+
 def _processes(values: flags.FlagValues) -> None:
     cluster = "Join the processes of Cloud TPU, Slurm, Open MPI or Kubernetes."
     flags.DEFINE_bool("distributed", False, cluster, flag_values=values)

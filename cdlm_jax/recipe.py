@@ -24,6 +24,7 @@ from cdlm_jax.tokenizers import Tokenizer
 from cdlm_jax.training import causal, denoising
 from cdlm_jax.training import distill as distillation
 from cdlm_jax.training.batches import trajectory_batches
+from cdlm_jax.training.flops import RowShape, distill_flops, pretrain_flops
 from cdlm_jax.training.loop import train
 from cdlm_jax.training.optimizer import make_optimizer
 from cdlm_jax.training.pretrain import PretrainConfig
@@ -32,7 +33,8 @@ from cdlm_jax.trajectories.collect import CollectConfig
 from cdlm_jax.trajectories.collect import collect as collect_trajectories
 from cdlm_jax.trajectories.store import read
 
-REPORTING = {"checkpoint_every", "evaluate_every", "log_every"}  # how often, which may change under way
+# How often, and how many, which may change under way.
+REPORTING = {"checkpoint_every", "keep_checkpoints", "keep_every", "evaluate_every", "log_every"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -110,6 +112,10 @@ class Recipe:
         """Problems of the recipe's tasks; different streams of one recipe draw different problems."""
         return ProblemMixture(self.tasks, split, length, self.seed + stream)
 
+    @property
+    def row(self) -> RowShape:
+        return RowShape(prompt_length=self.prompt_length, gen_length=self.gen_length, block_size=self.block_size)
+
     def load_teacher(self) -> ModelFolder:
         """The teacher on the current mesh. InputError if it is not of the recipe's architecture."""
         teacher = ModelFolder.load(self.teacher, dtype=self.dtype or None)
@@ -127,7 +133,7 @@ class Recipe:
         return {"role": role, "tasks": list(self.tasks)} | {name: getattr(self, name) for name in names}
 
 
-def pretrain(recipe: Recipe) -> ModelFolder:
+def pretrain(recipe: Recipe, *, profile: bool = False) -> ModelFolder:
     """Train a bidirectional teacher on the mixture, or a causal model: writes `work/teacher`, `work/autoregressive`."""
     config = recipe.pretrain
     if config is None or recipe.model is None or not recipe.tasks:
@@ -155,6 +161,8 @@ def pretrain(recipe: Recipe) -> ModelFolder:
         settings=settings,
         label=config.role,
         evaluate=_heldout(recipe, encoder, partial(_merged, graphdef, rest), config.role),
+        flops_per_step=pretrain_flops(start.model.config, config, recipe.row),
+        profile=profile,
     )
     trained = ModelFolder(_merged(graphdef, rest, state), start.tokenizer, recipe.metadata(config.role))
     trained.save(recipe.folder / config.role, replace=True)
@@ -205,7 +213,7 @@ def collect(recipe: Recipe) -> None:
     )
 
 
-def distill(recipe: Recipe) -> ModelFolder:
+def distill(recipe: Recipe, *, profile: bool = False) -> ModelFolder:
     """Train the block-causal student on the stores of trajectories; writes `work/student`, adapters merged."""
     config = recipe.distill
     teacher = recipe.load_teacher()
@@ -237,6 +245,8 @@ def distill(recipe: Recipe) -> ModelFolder:
         settings=recipe.settings("distill") | {"trajectories": made_from, "store_weights": list(recipe.store_weights)},
         label="student",
         evaluate=_heldout(recipe, encoder, partial(_merged, graphdef, frozen.student), "student"),
+        flops_per_step=distill_flops(teacher.model.config, config, recipe.row),
+        profile=profile,
     )
     student = merge(_merged(graphdef, frozen.student, state))
     student = jax.tree.map(lambda x, like: x.astype(like.dtype), student, teacher.model)

@@ -65,6 +65,8 @@ def get_config(variant: str = "full") -> ConfigDict:
         "ema_decay": 0.995,
         "filler_weight": 1.0,
         "checkpoint_every": 500,
+        "keep_checkpoints": 2,
+        "keep_every": 0,
         "evaluate_every": 0,
         "log_every": 20,
         "optimizer": {
@@ -82,6 +84,8 @@ def get_config(variant: str = "full") -> ConfigDict:
         "batch_size": 48,
         "accumulate": 1,
         "checkpoint_every": 100,
+        "keep_checkpoints": 2,
+        "keep_every": 0,
         "evaluate_every": 0,
         "log_every": 10,
         "teacher": "offline",

@@ -1,18 +1,21 @@
 """Several processes as one program: who holds which rows, refusals, and the whole recipe on two real processes."""
 
+import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from test_model_folder import tiny_folder
+from test_model_folder import contents, tiny_folder
 from test_recipe import SETTINGS, write_config
 
 from cdlm_jax import distributed
@@ -167,3 +170,33 @@ def test_two_processes_do_what_one_does(runs):
     tables = [run("evaluate", "--model=run/student", "--task=chain", "--num=5", "--batch_size=4") for run in runs]
     scores = [re.findall(r"chain +5 .*", table) for table in tables]
     assert len(scores[0]) == 1 and scores[0] == scores[1]
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_stops_both(runs):
+    two = runs[0]
+
+    def stopped(work: str, stage: str, begun: Callable[[], bool]) -> str:
+        """What both processes said when the second got SIGTERM as soon as something had begun."""
+        processes = two.start(stage, "--config=recipe.py", f"--config.work={work}")
+        while not begun():
+            assert all(process.poll() is None for process in processes)
+            time.sleep(0.01)
+        processes[1].terminate()
+        assert [process.wait(timeout=300) for process in processes] == [75, 75]
+        said = [(two.folder / f"{stage}-{process}.log").read_text().splitlines()[-1] for process in range(2)]
+        assert said[0] == said[1]
+        return said[0]
+
+    store, checkpoints = two.folder / "told" / "trajectories", two.folder / "told" / "distill" / "checkpoints"
+    again = "run the same command to continue"
+    assert stopped("told", "collect", (store / "store.json").exists) == f"cdlm collect: preempted; {again}"
+    two("collect", "--config=recipe.py", "--config.work=told")
+    shutil.copytree(store, two.folder / "calm" / "trajectories")
+    two("distill", "--config=recipe.py", "--config.work=calm")
+    said = stopped("told", "distill", checkpoints.is_dir)
+    assert re.fullmatch(rf"cdlm distill: preempted at step \d+, saved; {again}", said)
+    two("distill", "--config=recipe.py", "--config.work=told")
+    assert contents(two.folder / "told" / "student") == contents(two.folder / "calm" / "student")
+    lines = [json.loads(line) for line in (two.folder / "told" / "distill" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [*range(1, STEPS + 1)]
