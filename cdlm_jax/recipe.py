@@ -19,7 +19,7 @@ from cdlm_jax.model_folder import ModelFolder
 from cdlm_jax.models.hf import fingerprint
 from cdlm_jax.models.lora import merge
 from cdlm_jax.models.transformer import Transformer
-from cdlm_jax.sharding import MeshConfig, shard
+from cdlm_jax.sharding import MeshConfig, check_rows, shard
 from cdlm_jax.tokenizers import Tokenizer
 from cdlm_jax.training import causal, denoising
 from cdlm_jax.training import distill as distillation
@@ -216,6 +216,7 @@ def collect(recipe: Recipe) -> None:
 def distill(recipe: Recipe, *, profile: bool = False) -> ModelFolder:
     """Train the block-causal student on the stores of trajectories; writes `work/student`, adapters merged."""
     config = recipe.distill
+    check_rows(config.batch_size // config.accumulate)
     teacher = recipe.load_teacher()
     encoder = teacher.encoder(recipe.prompt_length, recipe.gen_length)
     expected = {
