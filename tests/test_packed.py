@@ -1,11 +1,13 @@
 """Packed distillation against the plain form: what a block sees, its hidden rows, every loss and its gradient."""
 
+import dataclasses
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_denoising import ALIGNMENTS, CONFIG, LENGTH, PROMPT_MAX, ROWS, random_model
@@ -70,7 +72,7 @@ def plain_hidden(model, prompt, prompt_length, response, block_size, alignment):
 
 @pytest.mark.parametrize("alignment", ALIGNMENTS)
 @few
-@given(lengths, block_sizes, st.integers(0, 2**31))
+@given(lengths, st.sampled_from([2, 8]), st.integers(0, 2**31))
 def test_a_block_has_the_hidden_rows_of_the_plain_form_at_its_state(alignment, prompts, block_size, seed):
     rng, model, prompts = np.random.default_rng(seed), MODELS[alignment], np.array(prompts, np.int32)
     ids = partial(rng.integers, 2, CONFIG.vocab_size, dtype=np.int32)
@@ -150,24 +152,17 @@ def test_losses_and_gradient_are_the_means_of_the_plain_form_over_the_blocks(ali
     np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
     assert metrics.keys() == expected.keys() == {"distill", "consistency", "dlm", "agreement"}
     for name, value in expected.items():
-        np.testing.assert_allclose(metrics[name], value, rtol=1e-5, err_msg=name)
-        assert value > 0.01 or name == "agreement"
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-4, err_msg=name)
+        assert value > 1e-3 or name == "agreement"
     for ours, theirs in zip(*map(jax.tree.leaves, (gradient, expected_gradient)), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5 * np.abs(theirs).max())
 
-
-def test_a_teacher_that_is_the_student_leaves_nothing_to_distil():
-    """Stored rows and student rows meet position for position: with rows of the student itself the divergence is 0."""
-    model, batch = MODELS["shifted"], random_batch()
-    config = config_of(mode="packed", consistency_scope="same_block", weights=distill.LossWeights(consistency=0, dlm=0))
-    keys = jax.random.split(jax.random.key(2), ROWS)
-    state_keys = jax.vmap(jax.random.split)(keys)[:, 0]
-    state = packed.block_states(batch["tokens"], batch["order"], state_keys, block_size=BLOCK, mask_token_id=MASK)
-    hidden = packed.block_hidden(model, batch["prompt"], batch["prompt_length"], batch["tokens"], state.tokens)
-    graphdef, trainable, frozen = make_student(model, config, jax.random.key(1))
-    loss_fn = jax.jit(make_loss(graphdef, config, BLOCK))
-    own = batch | {"hidden": np.asarray(hidden).reshape(ROWS, LENGTH, -1)}
-    assert abs(loss_fn(trainable, frozen, own, keys, 0)[0]) < 1e-5 < loss_fn(trainable, frozen, batch, keys, 0)[0]
+    # Stored and student rows meet position for position: of a teacher that is the student nothing is left to learn.
+    student = nnx.merge(graphdef, trainable, frozen.student)
+    hidden = block_hidden(student, batch["prompt"], batch["prompt_length"], batch["tokens"], states.tokens)
+    itself = batch | {"hidden": np.asarray(hidden).reshape(ROWS, LENGTH, -1)}
+    (_, metrics), _ = loss_fn(trainable, dataclasses.replace(frozen, teacher_head=student.head), itself, keys, 0)
+    assert abs(metrics["distill"]) < 1e-5
 
 
 # ---- settings ------------------------------------------------------------------------------------------------------
