@@ -9,8 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
+from cdlm_jax import cli_flags
 from cdlm_jax.config import InputError, build
 
 USAGE = """usage: cdlm <command> [--flag=value ...]        (cdlm <command> --help lists its flags)
@@ -65,7 +66,7 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", module=r"(orbax|tensorflow_datasets|etils|grain)\b.*")
 
 
-# ---- flags ---------------------------------------------------------------------------------------------------------
+# ---- parsing ---------------------------------------------------------------------------------------------------------
 
 
 def _parse(command: str, define: Callable[[flags.FlagValues], None], arguments: list[str]) -> flags.FlagValues | None:
@@ -134,93 +135,6 @@ def _one_line(error: BaseException) -> str:
     return lines[-1].strip() if any("Traceback" in line for line in lines) else " ".join(lines)
 
 
-def _config_flags(name: str, variant: str = "full") -> Callable[[flags.FlagValues], None]:
-    def define(values: flags.FlagValues) -> None:
-        path = f"{_config_path(name)}:{variant}"
-        config_flags.DEFINE_config_file("config", path, "Recipe to run.", flag_values=values)
-
-    return define
-
-
-def _config_path(name: str) -> str:
-    """A recipe of this project: beside the package in a clone, inside it when installed from a wheel."""
-    package = Path(__file__).parent
-    inside, beside = package / "configs" / name, package.parent / "configs" / name
-    return str(inside if inside.exists() else beside)
-
-
-def _quickstart_flags(values: flags.FlagValues) -> None:
-    _config_flags("tiny.py", "quick")(values)
-    flags.DEFINE_bool("from_scratch", False, "Train the teacher too.", flag_values=values)
-
-
-def _model_flags(values: flags.FlagValues) -> None:
-    text, number, real = flags.DEFINE_string, flags.DEFINE_integer, flags.DEFINE_float
-    shipped = "in the package: shipped (the teacher), shipped/student, shipped/autoregressive"
-    text("model", "shipped", f"Model folder; {shipped}.", flag_values=values)
-    text("decoder", None, "cdlm, naive, dream, fast_dllm, dllm_cache or autoregressive.", flag_values=values)
-    number("gen_length", None, "Response tokens.", lower_bound=1, flag_values=values)
-    number("block_size", None, "Tokens per block.", lower_bound=1, flag_values=values)
-    real("threshold", None, "Finalize every token surer than this.", flag_values=values)
-    number("steps", None, "Forwards in all (naive, dream, fast_dllm, dllm_cache).", lower_bound=1, flag_values=values)
-    real("factor", None, "Fast-dLLM's factor rule.", flag_values=values)
-    text("cache", None, "Of fast_dllm: none, prefix or dual.", flag_values=values)
-    text("remasking", None, "Of naive: low_confidence or random.", flag_values=values)
-    real("cfg_scale", None, "Of naive: classifier-free guidance.", flag_values=values)
-    text("algorithm", None, "Of dream: origin, maskgit_plus, topk_margin or entropy.", flag_values=values)
-    real("alg_temp", None, "Of dream: above 0, positions are drawn.", flag_values=values)
-    number("prompt_interval", None, "Of dllm_cache: K_p.", lower_bound=1, flag_values=values)
-    number("response_interval", None, "Of dllm_cache: K_r.", lower_bound=1, flag_values=values)
-    real("update_ratio", None, "Of dllm_cache: rho.", flag_values=values)
-    real("temperature", 0.0, "0 is greedy.", flag_values=values)
-    real("top_p", None, "Of dream and autoregressive: nucleus sampling.", flag_values=values)
-    number("top_k", None, "Of dream and autoregressive: the k most probable.", lower_bound=1, flag_values=values)
-    number("seed", 0, "Of sampling.", lower_bound=0, upper_bound=2**32 - 1, flag_values=values)
-    number("batch_size", 16, "Prompts decoded together.", lower_bound=1, flag_values=values)
-
-
-def _generate_flags(values: flags.FlagValues) -> None:
-    _model_flags(values)
-    flags.DEFINE_string("prompt", None, "Text to answer.", flag_values=values)
-    flags.DEFINE_list("prompt_ids", None, "Token ids to answer, comma-separated.", flag_values=values)
-    flags.DEFINE_string("task", None, "Answer held-out problems of this task.", flag_values=values)
-    flags.DEFINE_integer("num", 4, "How many problems of --task.", lower_bound=1, flag_values=values)
-    flags.DEFINE_string("input", None, 'JSON lines: {"prompt": text} or {"prompt_ids": [...]}.', flag_values=values)
-    flags.DEFINE_string("output", None, "Write answers here as JSON lines.", flag_values=values)
-    flags.DEFINE_bool("chat", True, "Use the folder's chat template for text, if it has one.", flag_values=values)
-    flags.DEFINE_bool("show_steps", False, "Play the refinement of each answer.", flag_values=values)
-
-
-def _evaluate_flags(values: flags.FlagValues) -> None:
-    _model_flags(values)
-    flags.DEFINE_list("task", None, "Tasks and public benchmarks (gsm8k ...), comma-separated.", flag_values=values)
-    number = flags.DEFINE_integer
-    number("num", None, "Problems of each [512 of a task, all of a benchmark].", lower_bound=1, flag_values=values)
-    data = "Files: 4x4 Sudoku, Countdown-3, or name=path of a benchmark; comma-separated."
-    flags.DEFINE_list("data", None, data, flag_values=values)
-    flags.DEFINE_bool("chat", True, "Use the folder's chat template for benchmarks, if it has one.", flag_values=values)
-    _code_flag(values)
-
-
-def _code_flag(values: flags.FlagValues) -> None:
-    text = "Run the programs that the model writes for humaneval and mbpp, in a sandbox."
-    flags.DEFINE_bool("allow_code_execution", False, text, flag_values=values)
-
-
-def _benchmark_flags(values: flags.FlagValues) -> None:
-    _config_flags("benchmark.py")(values)
-    flags.DEFINE_list("methods", None, "In place of config.methods, comma-separated.", flag_values=values)
-    flags.DEFINE_list("task", None, "In place of config.tasks, comma-separated.", flag_values=values)
-    flags.DEFINE_list("data", None, "In place of config.data: files of real problems.", flag_values=values)
-    _code_flag(values)
-
-
-def _export_flags(values: flags.FlagValues) -> None:
-    flags.DEFINE_string("model", None, "Model folder.", flag_values=values)
-    flags.DEFINE_string("output", None, "New folder.", flag_values=values)
-    flags.DEFINE_string("dtype", None, "float32 or bfloat16; default as stored.", flag_values=values)
-
-
 # ---- commands ------------------------------------------------------------------------------------------------------
 # Imports happen inside, so that help and wrong flags answer at once.
 
@@ -231,13 +145,43 @@ def _recipe(values: flags.FlagValues):
     return build(Recipe, values.config, "config")
 
 
+def _join(values: flags.FlagValues) -> None:
+    """Become one of several processes, if so asked."""
+    from cdlm_jax import distributed
+
+    cluster = {name: values[name].value for name in ("coordinator", "num_processes", "process_id")}
+    if values.distributed or any(value is not None for value in cluster.values()):
+        distributed.initialize(**cluster)
+
+
+@contextlib.contextmanager
+def _model(values: flags.FlagValues):
+    """The model folder of the flags, on the mesh of the flags, and the options of its decoder."""
+    import jax
+
+    from cdlm_jax.model_folder import ModelFolder
+    from cdlm_jax.sharding import MeshConfig, make_mesh
+
+    mesh = MeshConfig() if values.mesh is None else MeshConfig.parse(values.mesh)
+    _join(values)
+    with jax.set_mesh(make_mesh(mesh)):
+        folder = ModelFolder.load(values.model, dtype=values.dtype)
+        yield folder, _options(values).resolve(folder.metadata, causal=folder.model.config.causal)
+
+
 def _stage(name: str) -> Callable[[flags.FlagValues], None]:
     def run(values: flags.FlagValues) -> None:
-        from cdlm_jax import recipe
+        import jax
+
+        from cdlm_jax import distributed, recipe
+        from cdlm_jax.sharding import make_mesh
 
         settings = _recipe(values)
-        print(f"{name}: everything is written under {settings.folder}")
-        getattr(recipe, name)(settings)
+        _join(values)
+        if distributed.is_main():
+            print(f"{name}: everything is written under {settings.folder}")
+        with jax.set_mesh(make_mesh(settings.mesh)):
+            getattr(recipe, name)(settings)
 
     return run
 
@@ -250,55 +194,51 @@ def _quickstart(values: flags.FlagValues) -> None:
 
 def _generate(values: flags.FlagValues) -> None:
     from cdlm_jax import generate
-    from cdlm_jax.model_folder import ModelFolder
 
     sources = [name for name in ("prompt", "prompt_ids", "task", "input") if values[name].value is not None]
     if len(sources) != 1:
         got = ", ".join(sources) or "none"
         raise InputError(f"give exactly one of --prompt, --prompt_ids, --task, --input; got {got}")
-    folder, options = ModelFolder.load(values.model), _options(values)
-    options = options.resolve(folder.metadata, causal=folder.model.config.causal)
-    tokenizer = folder.tokenizer
-    match sources[0]:
-        case "prompt":
-            cases = [generate.text_case(tokenizer, values.prompt, chat=values.chat)]
-        case "prompt_ids":
-            cases = [generate.Case(_integers("prompt_ids", values.prompt_ids))]
-        case "task":
-            cases = generate.task_cases(folder, values.task, values.num)
-        case "input":
-            cases = generate.file_cases(tokenizer, Path(values.input), chat=values.chat)
-    generate.run(
-        folder,
-        cases,
-        options,
-        batch_size=values.batch_size,
-        output=None if values.output is None else Path(values.output),
-        steps_shown=values.show_steps,
-        console=_console(),
-    )
+    with _model(values) as (folder, options):
+        tokenizer = folder.tokenizer
+        match sources[0]:
+            case "prompt":
+                cases = [generate.text_case(tokenizer, values.prompt, chat=values.chat)]
+            case "prompt_ids":
+                cases = [generate.Case(_integers("prompt_ids", values.prompt_ids))]
+            case "task":
+                cases = generate.task_cases(folder, values.task, values.num)
+            case "input":
+                cases = generate.file_cases(tokenizer, Path(values.input), chat=values.chat)
+        generate.run(
+            folder,
+            cases,
+            options,
+            batch_size=values.batch_size,
+            output=None if values.output is None else Path(values.output),
+            steps_shown=values.show_steps,
+            console=_console(),
+        )
 
 
 def _evaluate(values: flags.FlagValues) -> None:
     from cdlm_jax import evaluate
     from cdlm_jax.evaluation.report import score_table
-    from cdlm_jax.model_folder import ModelFolder
 
     if not values.task and not values.data:
         raise InputError("give --task=names, --data=files, or both")
-    folder = ModelFolder.load(values.model)
-    options = _options(values).resolve(folder.metadata, causal=folder.model.config.causal)
-    if values.allow_code_execution:
-        _warn_of_gaps()
-    cases = evaluate.cases(
-        folder.tokenizer,
-        values.task or [],
-        values.data or [],
-        count=values.num,
-        chat=values.chat,
-        allow_code_execution=values.allow_code_execution,
-    )
-    scores = evaluate.score(folder, cases, options, values.batch_size)
+    with _model(values) as (folder, options):
+        if values.allow_code_execution:
+            _warn_of_gaps()
+        cases = evaluate.cases(
+            folder.tokenizer,
+            values.task or [],
+            values.data or [],
+            count=values.num,
+            chat=values.chat,
+            allow_code_execution=values.allow_code_execution,
+        )
+        scores = evaluate.score(folder, cases, options, values.batch_size)
     _console().print(score_table(scores).rich())
 
 
@@ -358,17 +298,19 @@ def _integers(name: str, items: list[str]) -> list[int]:
 def _console():
     from rich.console import Console
 
-    return Console()
+    from cdlm_jax.distributed import is_main
+
+    return Console(quiet=not is_main())
 
 
 COMMANDS: dict[str, tuple[Callable | None, Callable]] = {
-    "quickstart": (_quickstart_flags, _quickstart),
-    "pretrain": (_config_flags("tiny.py"), _stage("pretrain")),
-    "collect": (_config_flags("tiny.py"), _stage("collect")),
-    "distill": (_config_flags("tiny.py"), _stage("distill")),
-    "generate": (_generate_flags, _generate),
-    "evaluate": (_evaluate_flags, _evaluate),
-    "benchmark": (_benchmark_flags, _benchmark),
+    "quickstart": (cli_flags.quickstart, _quickstart),
+    "pretrain": (cli_flags.stage, _stage("pretrain")),
+    "collect": (cli_flags.stage, _stage("collect")),
+    "distill": (cli_flags.stage, _stage("distill")),
+    "generate": (cli_flags.generate, _generate),
+    "evaluate": (cli_flags.evaluate, _evaluate),
+    "benchmark": (cli_flags.benchmark, _benchmark),
     "lm-eval": (None, _lm_eval),
-    "export": (_export_flags, _export),
+    "export": (cli_flags.export, _export),
 }

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 from numbers import Integral
+from types import NoneType, UnionType
 from typing import Literal, get_args, get_origin
 
 from ml_collections import ConfigDict
@@ -98,13 +99,19 @@ def build(cls, section, name: str):
 
 
 def _checked(kind, value, name: str):
-    """`value` for a field of a type: a dataclass, a plain type, a Literal, dict[str, float] or tuple[float, ...]."""
+    """`value` for a field of a type: a dataclass, a plain type, a Literal, dict[str, float], tuple[float, ...], or one
+    of these and None."""
+    if isinstance(kind, UnionType):
+        if value is None:
+            return None
+        (kind,) = (each for each in get_args(kind) if each is not NoneType)
     if dataclasses.is_dataclass(kind):
         return build(kind, value, name)
     if get_origin(kind) is Literal:
         if value in get_args(kind):
             return value
-        raise InputError(f"{name} must be {' or '.join(map(str, get_args(kind)))}, got {value!r}")
+        allowed = " or ".join(str(each) or repr(each) for each in get_args(kind))
+        raise InputError(f"{name} must be {allowed}, got {value!r}")
     if get_origin(kind) is tuple and isinstance(value, (list, tuple)):
         return tuple(_checked(get_args(kind)[0], item, name) for item in value)
     if get_origin(kind) is dict and isinstance(value, Mapping):

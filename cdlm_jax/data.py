@@ -1,12 +1,17 @@
-"""Problems as token rows: encoding, a weighted mixture of tasks, and Grain batches of them for pre-training."""
+"""Problems as token rows: encoding, where they come from (tasks, or a file), and Grain batches for pre-training."""
 
 import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Protocol
 
 import grain
 import numpy as np
 
 from cdlm_jax import tasks
 from cdlm_jax.config import InputError, ModelConfig
+from cdlm_jax.distributed import own_rows
 from cdlm_jax.tokenizers import Tokenizer
 
 
@@ -46,6 +51,19 @@ def _pad(ids: list[int], length: int, pad: int) -> np.ndarray:
     return np.pad(np.asarray(ids, np.int32), (0, length - len(ids)), constant_values=pad)
 
 
+class Problems(Protocol):
+    """Random access to (name, problem). names: every name that occurs; source: where they come from, in words, which
+    together with `seed` determines each."""
+
+    names: tuple[str, ...]
+    source: str
+    seed: int
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> tuple[str, tasks.Problem]: ...
+
+
 @dataclasses.dataclass(frozen=True)
 class ProblemMixture:
     """Random access to `length` problems; each index draws its task by weight. Equal seeds give equal problems."""
@@ -61,6 +79,14 @@ class ProblemMixture:
         for name in self.weights:
             tasks.get(name)  # an unknown task, or one whose package is missing, is named now
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self.weights)
+
+    @property
+    def source(self) -> str:
+        return " ".join(f"{name}:{weight:g}" for name, weight in self.weights.items()) + f" ({self.split})"
+
     def __len__(self) -> int:
         return self.length
 
@@ -72,12 +98,66 @@ class ProblemMixture:
         return name, tasks.get(name).problem(self.split, int(rng.integers(2**40)))
 
 
+class PromptFile:
+    """Prompts with worked answers from a file of JSON lines, {"prompt": text, "answer": text} ("question" will do).
+
+    Where the tokenizer has a chat template, both are put into it: the prompt as the user's turn, the answer as the
+    assistant's. Prompts of more than `prompt_length` tokens are left out, as in the paper; `total` counts them too.
+    InputError names the line that is not such an object.
+    """
+
+    def __init__(self, path: str | Path, tokenizer: Tokenizer, prompt_length: int, seed: int):
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"cannot read the prompts of {path}: {error}") from error
+        lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+        everything = [_templated(_parsed(line, f"{path}, line {number}"), tokenizer) for number, line in lines]
+        self._problems = [one for one in everything if 1 <= len(tokenizer.encode(one.prompt)) <= prompt_length]
+        self.total = len(everything)
+        self.seed = seed
+        self.names = (Path(path).stem,)
+        self.source = f"{Path(path).name} {hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}"
+
+    def __len__(self) -> int:
+        return len(self._problems)
+
+    def __getitem__(self, index: int) -> tuple[str, tasks.Problem]:
+        return self.names[0], self._problems[index]
+
+
+def _parsed(line: str, place: str) -> tasks.Problem:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise InputError(f"{place}: not JSON ({error})") from error
+    texts = (row.get("prompt", row.get("question")), row.get("answer")) if isinstance(row, dict) else ()
+    if len(texts) != 2 or not all(isinstance(text, str) and text for text in texts):
+        raise InputError(f'{place}: expected {{"prompt": text, "answer": text}}, got {line[:80]!r}')
+    return tasks.Problem(*texts)
+
+
+def _templated(problem: tasks.Problem, tokenizer: Tokenizer) -> tasks.Problem:
+    if tokenizer.chat_template is None:
+        return problem
+    turns = [{"role": "user", "content": problem.prompt}, {"role": "assistant", "content": problem.answer}]
+    prompt = tokenizer.apply_chat_template(turns[:1])
+    both = tokenizer.apply_chat_template(turns, add_generation_prompt=False)
+    # With the turn's end, as a chat model writes it, where the template only appends.
+    answer = both.removeprefix(prompt).rstrip() if both.startswith(prompt) else problem.answer
+    return tasks.Problem(prompt, answer)
+
+
 def problem_batches(mixture: ProblemMixture, encoder: Encoder, batch_size: int) -> grain.IterDataset:
-    """Batches {prompt [rows, P_max], prompt_length [rows], answer [rows, L]}; its iterator's state can be saved."""
+    """Batches {prompt [own rows, P_max], prompt_length [own rows], answer [own rows, L]} of this process's rows of
+    `batch_size`, in the mixture's order; the iterator's state can be saved."""
+    mine = own_rows(batch_size)
 
-    def encode(named: tuple[str, tasks.Problem]) -> dict[str, np.ndarray]:
-        prompt, prompt_length = encoder.prompt(named[1].prompt)
-        return {"prompt": prompt, "prompt_length": prompt_length, "answer": encoder.answer(named[1].answer)}
+    def encode(indices: np.ndarray) -> dict[str, np.ndarray]:
+        problems = [mixture[index][1] for index in indices[mine]]
+        prompt, prompt_length = encoder.prompts([problem.prompt for problem in problems])
+        answer = np.stack([encoder.answer(problem.answer) for problem in problems])
+        return {"prompt": prompt, "prompt_length": prompt_length, "answer": answer}
 
-    dataset = grain.MapDataset.source(mixture).map(encode).batch(batch_size, drop_remainder=True)
-    return dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4))
+    batches = grain.MapDataset.range(len(mixture)).batch(batch_size, drop_remainder=True).map(encode)
+    return batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4))

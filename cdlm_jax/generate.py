@@ -11,6 +11,7 @@ from rich.markup import escape
 
 from cdlm_jax.config import InputError
 from cdlm_jax.decoding.options import Options
+from cdlm_jax.distributed import is_main
 from cdlm_jax.evaluation.harness import Answer, Case, answers, heldout_problems, problem_cases
 from cdlm_jax.evaluation.player import play
 from cdlm_jax.model_folder import ModelFolder
@@ -135,7 +136,7 @@ def run(
 ) -> None:
     """Answer all cases: print each (or play its refinement), and write `output` if given."""
     found = []
-    if output is not None:
+    if output is not None and is_main():
         _check_writable(output)
     for answer in answer_all(folder, cases, options, batch_size):
         found.append(answer)
@@ -143,7 +144,7 @@ def run(
             show_steps(folder, answer, options, console)
         elif output is None:
             _print(answer, console)
-    if output is not None:
+    if output is not None and is_main():
         write_answers(output, found)
         console.print(f"{len(found)} answers written to {output}")
 

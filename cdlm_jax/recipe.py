@@ -4,13 +4,14 @@ import dataclasses
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import jax
 from flax import nnx
 
 from cdlm_jax import tasks
 from cdlm_jax.config import InputError, ModelConfig
-from cdlm_jax.data import Encoder, ProblemMixture, problem_batches
+from cdlm_jax.data import Encoder, ProblemMixture, PromptFile, problem_batches
 from cdlm_jax.decoding.common import check_blocks
 from cdlm_jax.decoding.options import Options
 from cdlm_jax.evaluation.harness import Score, answers, by_group, heldout_problems, problem_cases
@@ -18,9 +19,11 @@ from cdlm_jax.model_folder import ModelFolder
 from cdlm_jax.models.hf import fingerprint
 from cdlm_jax.models.lora import merge
 from cdlm_jax.models.transformer import Transformer
+from cdlm_jax.sharding import MeshConfig, shard
 from cdlm_jax.tokenizers import Tokenizer
 from cdlm_jax.training import causal, denoising
 from cdlm_jax.training import distill as distillation
+from cdlm_jax.training.batches import trajectory_batches
 from cdlm_jax.training.loop import train
 from cdlm_jax.training.optimizer import make_optimizer
 from cdlm_jax.training.pretrain import PretrainConfig
@@ -28,6 +31,8 @@ from cdlm_jax.training.step import TrainState, make_train_step
 from cdlm_jax.trajectories.collect import CollectConfig
 from cdlm_jax.trajectories.collect import collect as collect_trajectories
 from cdlm_jax.trajectories.store import read
+
+REPORTING = {"checkpoint_every", "evaluate_every", "log_every"}  # how often, which may change under way
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,26 +52,40 @@ class ModelShape:
 class Recipe:
     """Everything a run depends on, read from a config file (`configs/`). Stages write under the folder `work`.
 
-    tasks: weights of the problem mixture; teacher: a model folder, or `shipped`; init: the model folder that
-    pre-training starts from, empty for random weights; heldout_per_task: problems of each evaluation.
+    tasks: weights of the problem mixture, or prompts: a JSON-lines file (`data.PromptFile`).
+    teacher: a model folder, or `shipped`; dtype: what it is cast to, empty as stored; architecture: what it must be.
+    init: the model folder that pre-training starts from, empty for random weights.
+    stores: trajectories to distill from, mixed by store_weights (equal ones if empty); empty for `work/trajectories`.
+    heldout_per_task: problems of each evaluation.
+    mesh: of the devices; model, pretrain: for `pretrain` only.
     """
 
     work: str
     seed: int = 0
-    tasks: dict[str, float]
+    tasks: dict[str, float] = dataclasses.field(default_factory=dict)
+    prompts: str = ""
     prompt_length: int
     gen_length: int
     block_size: int
     teacher: str = "shipped"
+    dtype: Literal["", "float32", "bfloat16"] = ""
+    architecture: ModelConfig | None = None
     init: str = ""
+    stores: tuple[str, ...] = ()
+    store_weights: tuple[float, ...] = ()
     heldout_per_task: int = 128
-    model: ModelShape
-    pretrain: PretrainConfig
+    mesh: MeshConfig = MeshConfig()
+    model: ModelShape | None = None
+    pretrain: PretrainConfig | None = None
     collect: CollectConfig
     distill: distillation.DistillConfig
 
     def __post_init__(self):
         check_blocks(self.gen_length, self.block_size)
+        if bool(self.tasks) == bool(self.prompts):
+            raise InputError("give either config.tasks or config.prompts, a JSON-lines file")
+        if self.store_weights and len(self.store_weights) != len(self.stores):
+            raise InputError(f"{len(self.stores)} stores cannot have {len(self.store_weights)} store_weights")
         for name, least in (("seed", 0), ("prompt_length", 1), ("heldout_per_task", 0)):
             if getattr(self, name) < least:
                 raise InputError(f"config.{name} must be at least {least}, got {getattr(self, name)}")
@@ -78,18 +97,30 @@ class Recipe:
     def settings(self, *sections: str) -> dict:
         """What a checkpoint of a stage must agree on to be continued: the shared fields and the named sections.
 
-        How often a run reports or saves may change under way.
+        How often a run reports or saves may change under way, and the mesh too.
         """
         names = ("seed", "tasks", "prompt_length", "gen_length", "block_size", *sections)
         values = dataclasses.asdict(self)
-        for section in ("pretrain", "distill"):
-            for name in ("checkpoint_every", "evaluate_every", "log_every"):
+        for section in sections:
+            for name in REPORTING & values[section].keys():
                 del values[section][name]
         return {name: values[name] for name in names}
 
-    def problems(self, split: str, length: int, *, stream: int) -> ProblemMixture:
-        """Problems of the recipe's mixture; different streams of one recipe draw different problems."""
+    def mixture(self, split: str, length: int, *, stream: int) -> ProblemMixture:
+        """Problems of the recipe's tasks; different streams of one recipe draw different problems."""
         return ProblemMixture(self.tasks, split, length, self.seed + stream)
+
+    def load_teacher(self) -> ModelFolder:
+        """The teacher on the current mesh. InputError if it is not of the recipe's architecture."""
+        teacher = ModelFolder.load(self.teacher, dtype=self.dtype or None)
+        if self.architecture is not None:
+            ours, theirs = (dataclasses.asdict(each) for each in (self.architecture, teacher.model.config))
+            for name in sorted(ours.keys() - {"source"}):
+                if ours[name] != theirs[name]:
+                    raise InputError(
+                        f"config.architecture.{name} is {ours[name]!r}, but {self.teacher} has {theirs[name]!r}"
+                    )
+        return teacher
 
     def metadata(self, role: str) -> dict:
         names = ("prompt_length", "gen_length", "block_size")
@@ -99,7 +130,10 @@ class Recipe:
 def pretrain(recipe: Recipe) -> ModelFolder:
     """Train a bidirectional teacher on the mixture, or a causal model: writes `work/teacher`, `work/autoregressive`."""
     config = recipe.pretrain
+    if config is None or recipe.model is None or not recipe.tasks:
+        raise InputError("pre-training needs config.tasks, config.model and config.pretrain")
     start = ModelFolder.load(recipe.init) if recipe.init else untrained(recipe)
+    start = dataclasses.replace(start, model=shard(start.model))
     if start.model.config.causal != (config.role == "autoregressive"):
         kind = "causal" if start.model.config.causal else "bidirectional"
         raise InputError(
@@ -110,7 +144,7 @@ def pretrain(recipe: Recipe) -> ModelFolder:
     graphdef, trainable, rest = nnx.split(start.model, nnx.Param, ...)
     optimizer = make_optimizer(config.optimizer, config.steps)
     loss_fn = denoising.make_loss(graphdef, config) if config.role == "teacher" else causal.make_loss(graphdef)
-    mixture = recipe.problems("train", config.steps * config.batch_size, stream=0)
+    mixture = recipe.mixture("train", config.steps * config.batch_size, stream=0)
     state = train(
         make_train_step(loss_fn, optimizer, seed=recipe.seed, ema_decay=config.ema_decay),
         TrainState.create(trainable, optimizer, ema=config.ema_decay > 0),
@@ -150,11 +184,20 @@ def untrained(recipe: Recipe) -> ModelFolder:
 
 def collect(recipe: Recipe) -> None:
     """Decode the mixture with the teacher; fills the store `work/trajectories`, continuing an interrupted one."""
-    teacher = ModelFolder.load(recipe.teacher)
+    teacher = recipe.load_teacher()
+    encoder = teacher.encoder(recipe.prompt_length, recipe.gen_length)
+    count = recipe.collect.num_prompts
+    if recipe.prompts:
+        problems = PromptFile(recipe.prompts, encoder.tokenizer, recipe.prompt_length, recipe.seed + 1)
+        if len(problems) < count:
+            within = f"{len(problems)} of its {problems.total} prompts have at most {recipe.prompt_length} tokens"
+            raise InputError(f"config.collect.num_prompts is {count}, but {recipe.prompts} has fewer: {within}")
+    else:
+        problems = recipe.mixture("train", count, stream=1)
     collect_trajectories(
         teacher.model,
-        teacher.encoder(recipe.prompt_length, recipe.gen_length),
-        recipe.problems("train", recipe.collect.num_prompts, stream=1),
+        encoder,
+        problems,
         recipe.collect,
         block_size=recipe.block_size,
         model_fingerprint=fingerprint(teacher.model),
@@ -163,19 +206,20 @@ def collect(recipe: Recipe) -> None:
 
 
 def distill(recipe: Recipe) -> ModelFolder:
-    """Train the block-causal student on `work/trajectories`; writes `work/student`, adapters merged."""
+    """Train the block-causal student on the stores of trajectories; writes `work/student`, adapters merged."""
     config = recipe.distill
-    teacher = ModelFolder.load(recipe.teacher)
+    teacher = recipe.load_teacher()
     encoder = teacher.encoder(recipe.prompt_length, recipe.gen_length)
-    trajectories = read(
-        recipe.folder / "trajectories",
-        model_fingerprint=fingerprint(teacher.model),
-        tokenizer_fingerprint=encoder.tokenizer.fingerprint(),
-        prompt_length=recipe.prompt_length,
-        gen_length=recipe.gen_length,
-        block_size=recipe.block_size,
-        logit_alignment=teacher.model.config.logit_alignment,
-    )
+    expected = {
+        "model_fingerprint": fingerprint(teacher.model),
+        "tokenizer_fingerprint": encoder.tokenizer.fingerprint(),
+        "prompt_length": recipe.prompt_length,
+        "gen_length": recipe.gen_length,
+        "block_size": recipe.block_size,
+        "logit_alignment": teacher.model.config.logit_alignment,
+    }
+    stores = [read(folder, **expected) for folder in recipe.stores or (recipe.folder / "trajectories",)]
+    made_from = [dataclasses.asdict(store.metadata) for store in stores]
     key = jax.random.fold_in(jax.random.key(recipe.seed), 1)
     graphdef, trainable, frozen = distillation.make_student(teacher.model, config, key)
     optimizer = make_optimizer(config.optimizer, config.steps)
@@ -187,10 +231,10 @@ def distill(recipe: Recipe) -> ModelFolder:
         step,
         TrainState.create(trainable, optimizer, ema=config.ema_decay > 0),
         frozen,
-        distillation.trajectory_batches(trajectories, config.batch_size, recipe.seed),
+        trajectory_batches(stores, config.batch_size, recipe.seed, weights=recipe.store_weights),
         config,
         folder=recipe.folder / "distill",
-        settings=recipe.settings("distill") | {"trajectories": dataclasses.asdict(trajectories.metadata)},
+        settings=recipe.settings("distill") | {"trajectories": made_from, "store_weights": list(recipe.store_weights)},
         label="student",
         evaluate=_heldout(recipe, encoder, partial(_merged, graphdef, frozen.student), "student"),
     )
@@ -207,7 +251,7 @@ def _merged(graphdef: nnx.GraphDef, rest: nnx.State, state: TrainState) -> Trans
 
 def _heldout(recipe: Recipe, encoder: Encoder, model_of: Callable, role: str) -> Callable | None:
     """The periodic evaluation of a training loop: accuracy per task and mean forwards on held-out problems."""
-    if recipe.heldout_per_task == 0:
+    if recipe.heldout_per_task == 0 or not recipe.tasks:
         return None
     cases = problem_cases(encoder.tokenizer, heldout_problems(list(recipe.tasks), recipe.heldout_per_task))
     decode = Options().resolve(recipe.metadata(role)).bind()

@@ -58,6 +58,14 @@ class MeshConfig:
         if not all(size >= 1 or size == -1 for size in sizes) or sizes.count(-1) > 1:
             raise InputError(f"mesh {self} must have positive sizes, of which one may be -1 (the devices left)")
 
+    @classmethod
+    def parse(cls, text: str) -> "MeshConfig":
+        """`2x4x1` is data 2, fsdp 4, tensor 1."""
+        sizes = text.split("x")
+        if len(sizes) != len(AXES) or not all(size.removeprefix("-").isdecimal() for size in sizes):
+            raise InputError(f"a mesh is given as {'x'.join(AXES)}, such as 2x4x1; got {text!r}")
+        return cls(**dict(zip(AXES, map(int, sizes), strict=True)))
+
     def __str__(self) -> str:
         return " x ".join(f"{name} {getattr(self, name)}" for name in AXES)
 
@@ -95,11 +103,22 @@ def check_model(config: ModelConfig) -> None:
         raise InputError(f"hidden_size {config.hidden_size} must be a multiple of the mesh's {pieces}")
 
 
+def row_pieces() -> int:
+    """Into how many pieces the rows of a batch are cut."""
+    mesh = mesh_sizes()
+    return math.prod(mesh.get(name, 1) for name in RULES["rows"])
+
+
 def check_rows(rows: int) -> None:
     """Refuse a batch whose rows the current mesh does not divide."""
-    mesh = mesh_sizes()
-    if mesh and rows % (mesh["data"] * mesh["fsdp"]):
+    if rows % row_pieces():
+        mesh = mesh_sizes()
         raise InputError(f"{rows} rows must be a multiple of the mesh's data {mesh['data']} * fsdp {mesh['fsdp']}")
+
+
+def whole_batch(rows: int) -> int:
+    """So many rows, or the next larger number that the current mesh divides."""
+    return math.ceil(rows / row_pieces()) * row_pieces()
 
 
 # ---- where things live ---------------------------------------------------------------------------------------------

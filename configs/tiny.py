@@ -48,6 +48,7 @@ def get_config(variant: str = "full") -> ConfigDict:
     config.teacher = "shipped"
     config.init = ""
     config.heldout_per_task = 128
+    config.mesh = {"data": 1, "fsdp": -1, "tensor": 1}
     config.model = {
         "hidden_size": 128,
         "num_layers": 6,

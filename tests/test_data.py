@@ -1,5 +1,6 @@
 """Texts as token rows, the mixture of tasks, and batches whose place in the data can be saved."""
 
+import dataclasses
 import json
 from collections import Counter
 
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from cdlm_jax import tasks
 from cdlm_jax.config import InputError, ModelConfig
-from cdlm_jax.data import Encoder, ProblemMixture, problem_batches
+from cdlm_jax.data import Encoder, ProblemMixture, PromptFile, problem_batches
 from cdlm_jax.tokenizers import Tokenizer
 
 TOKENIZER = Tokenizer.characters(tasks.CHARACTERS)
@@ -136,3 +137,58 @@ def test_batches_continue_from_a_saved_place():
     continued.set_state(place)
     assert len(rest) == 4
     assert_same_batches(list(continued), rest)
+
+
+# ---- prompts from a file -------------------------------------------------------------------------------------------
+
+CHAT = (
+    "{% for message in messages %}[{{ message.role }}]{{ message.content }}$\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+LETTERS = Tokenizer.characters("abcdefghijklmnopqrstuvwxyz[]$\n ")
+
+
+def prompt_file(tmp_path, *lines, tokenizer=LETTERS, prompt_length=40):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines))
+    return PromptFile(path, tokenizer, prompt_length, seed=2)
+
+
+def test_prompts_of_a_file(tmp_path):
+    rows = [
+        {"prompt": "a b", "answer": "c"},
+        {"question": "d" * 41, "answer": "e"},
+        "",
+        {"question": "f", "answer": "g"},
+    ]
+    problems = prompt_file(tmp_path, *rows)
+    assert [problems[i] for i in range(len(problems))] == [
+        ("prompts", tasks.Problem("a b", "c")),
+        ("prompts", tasks.Problem("f", "g")),
+    ]
+    assert (problems.total, problems.names, problems.seed) == (3, ("prompts",), 2)
+    assert problems.source == prompt_file(tmp_path, *rows).source != prompt_file(tmp_path, *rows[:1]).source
+
+
+def test_prompts_in_a_chat_template(tmp_path):
+    tokenizer = dataclasses.replace(LETTERS, chat_template=CHAT)
+    problems = prompt_file(tmp_path, {"prompt": "a b", "answer": "c"}, tokenizer=tokenizer)
+    assert problems[0][1] == tasks.Problem("[user]a b$\n[assistant]", "c$")
+    assert len(prompt_file(tmp_path, {"prompt": "a b", "answer": "c"}, tokenizer=tokenizer, prompt_length=21)) == 0
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "line 2: not JSON"),
+        ("[1]", "line 2: expected "),
+        ({"prompt": "a"}, "line 2: expected "),
+        ({"prompt": "", "answer": "a"}, "line 2: expected "),
+        ({"prompt": 3, "answer": "a"}, "line 2: expected "),
+    ],
+)
+def test_lines_that_are_no_prompts(tmp_path, line, message):
+    with pytest.raises(InputError, match=message):
+        prompt_file(tmp_path, {"prompt": "a", "answer": "b"}, line)
+    with pytest.raises(InputError, match="cannot read the prompts of "):
+        PromptFile(tmp_path / "nowhere", LETTERS, 4, seed=0)

@@ -5,7 +5,6 @@ padding, its states are Python lists, its softmax is dense.
 """
 
 import dataclasses
-import json
 from functools import cache, partial
 
 import jax
@@ -30,20 +29,20 @@ from test_denoising import (
     random_prompts,
     wide,
 )
-from test_store import METADATA, make_record, write_missing
 from test_vocab import largest_array, log_softmax
 
 from cdlm_jax.config import InputError
 from cdlm_jax.kernels.vocab.api import TILE
 from cdlm_jax.models import lora
 from cdlm_jax.training import distill
-from cdlm_jax.training.distill import DistillConfig, make_loss, make_student, trajectory_batches
+from cdlm_jax.training.batches import trajectory_batches
+from cdlm_jax.training.distill import DistillConfig, make_loss, make_student
 from cdlm_jax.training.losses import LossWeights
 from cdlm_jax.training.optimizer import OptimizerConfig, make_optimizer
 from cdlm_jax.training.step import TrainState, make_train_step
 from cdlm_jax.trajectories.collect import CollectConfig
 from cdlm_jax.trajectories.states import state_at
-from cdlm_jax.trajectories.store import Store, read
+from cdlm_jax.trajectories.store import read
 
 BLOCK = 4
 FIELDS = {"prompt", "prompt_length", "tokens", "order", "hidden", "answer"}
@@ -230,7 +229,7 @@ def first_step(config, trainable, frozen, store):
     """A step that starts from these parameters, on draws and data that are always the same."""
     optimizer = make_optimizer(config.optimizer, config.steps)
     state = TrainState.create(jax.tree.map(jnp.copy, trainable), optimizer, ema=True)
-    return step_of(config)(state, frozen, next(iter(trajectory_batches(store, 16, seed=9))))
+    return step_of(config)(state, frozen, next(iter(trajectory_batches([store], 16, seed=9))))
 
 
 def assert_same(got, expected):
@@ -255,7 +254,7 @@ def test_thirty_steps_lower_the_loss_and_spare_the_teacher(store, config):
     teacher, untouched, start = jax.tree.map(np.array, (STORE_TEACHER, frozen, trainable))  # copies, not views
     _, before = first_step(config, trainable, frozen, store)
     state = TrainState.create(trainable, make_optimizer(config.optimizer, config.steps), ema=True)
-    batches = iter(trajectory_batches(store, 16, seed=0))
+    batches = iter(trajectory_batches([store], 16, seed=0))
     for _ in range(config.steps):
         state, _ = step_of(config)(state, frozen, next(batches))
     _, after = first_step(config, state.trainable, frozen, store)
@@ -298,59 +297,6 @@ def test_no_logits_of_whole_responses():
     lowered = step.lower(TrainState.create(trainable, optimizer, ema=False), frozen, random_batch())
     compiled = lowered.compile({"xla_backend_optimization_level": 0})  # of LLVM: what XLA materializes stays the same
     assert largest_array(compiled) == ROWS * LENGTH * TILE
-
-
-# ---- data ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def random_store(tmp_path_factory):
-    """22 records without meaning."""
-    store = Store.create_or_resume(tmp_path_factory.mktemp("random"), METADATA)
-    write_missing(store)
-    return read(store.folder)
-
-
-def take(iterator, count):
-    """The next batches, as the records' indices."""
-    names = {make_record(METADATA, i)["tokens"].tobytes(): i for i in range(METADATA.num_records)}
-    batches = [next(iterator) for _ in range(count)]
-    return [[names[tokens.tobytes()] for tokens in batch["tokens"]] for batch in batches]
-
-
-def test_batches_are_the_records_without_what_the_loss_does_not_read(random_store):
-    batch = next(iter(trajectory_batches(random_store, 4, seed=1)))
-    assert batch.keys() == FIELDS
-    for row, index in enumerate(take(iter(trajectory_batches(random_store, 4, seed=1)), 1)[0]):
-        record = make_record(METADATA, index)
-        for name in FIELDS:
-            assert batch[name].dtype == record[name].dtype
-            assert batch[name][row].tobytes() == record[name].tobytes()
-
-
-def test_every_epoch_is_another_permutation(random_store):
-    batches = take(iter(trajectory_batches(random_store, 11, seed=1)), 6)
-    epochs = [sum(batches[i : i + 2], []) for i in (0, 2, 4)]
-    assert all(sorted(epoch) == list(range(22)) for epoch in epochs)
-    assert len({tuple(epoch) for epoch in epochs}) == 3
-    assert take(iter(trajectory_batches(random_store, 11, seed=1)), 6) == batches
-    assert take(iter(trajectory_batches(random_store, 11, seed=2)), 2) != batches[:2]
-
-
-def test_batches_continue_from_a_saved_place(random_store):
-    batches = take(iter(trajectory_batches(random_store, 4, seed=1)), 14)  # over two ends of epochs, inside batches
-    for place in (0, 3, 6):
-        iterator = iter(trajectory_batches(random_store, 4, seed=1))
-        take(iterator, place)
-        saved = json.loads(json.dumps(iterator.get_state()))
-        continued = iter(trajectory_batches(random_store, 4, seed=1))
-        continued.set_state(saved)
-        assert take(continued, 14 - place) == batches[place:]
-
-
-def test_a_store_smaller_than_a_batch_is_refused(random_store):
-    with pytest.raises(InputError, match="batch_size 23 exceeds the 22 records of "):
-        trajectory_batches(random_store, 23, seed=1)
 
 
 # ---- settings ------------------------------------------------------------------------------------------------------

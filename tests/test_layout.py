@@ -23,6 +23,7 @@ SOURCES = [
 FLOORS = [
     {"__main__"},
     {"cli"},
+    {"cli_flags"},
     {"benchmark"},
     {"evaluate"},
     {"quickstart", "generate", "planning"},
@@ -34,7 +35,7 @@ FLOORS = [
     {"model_folder"},
     {"models"},
     {"kernels"},
-    {"visibility", "config", "sharding", "tasks", "tokenizers", "data"},
+    {"visibility", "config", "sharding", "distributed", "tasks", "tokenizers", "data"},
 ]
 FLOOR = {name: len(FLOORS) - number for number, floor in enumerate(FLOORS) for name in floor}
 MAX_LINES = 400

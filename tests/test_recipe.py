@@ -36,6 +36,7 @@ SETTINGS = {
     "block_size": BLOCK_SIZE,
     "teacher": "teacher",
     "heldout_per_task": 0,
+    "mesh": {"data": 1, "fsdp": -1, "tensor": 1},
     "model": {
         "hidden_size": 32,
         "num_layers": 2,
@@ -94,6 +95,55 @@ def continued(finished: Path, work: Path) -> Recipe:
 
 
 # ---- stages --------------------------------------------------------------------------------------------------------
+
+
+def test_prompts_of_a_file_and_several_stores(tmp_path, finished):
+    lines = [json.dumps({"prompt": f"{a}+{b}=", "answer": str(a + b)}) for a in range(5) for b in range(2)]
+    (tmp_path / "sums.jsonl").write_text("\n".join(lines))
+    teacher = str(finished / "teacher")
+    given = {"tasks": {}, "prompts": str(tmp_path / "sums.jsonl"), "teacher": teacher, "model": None, "pretrain": None}
+    first = make_recipe(tmp_path / "first", **given)
+    stages.collect(first)
+    store = read(tmp_path / "first" / "trajectories")
+    assert store.metadata.tasks == ("sums",) and store.metadata.num_records == 20
+    stores = [str(tmp_path / "first" / "trajectories"), str(finished / "trajectories")]
+    distill = SETTINGS["distill"] | {"steps": 2}
+    second = make_recipe(
+        tmp_path / "second", **given, stores=stores, store_weights=(1.0, 2.0), distill=distill, dtype="bfloat16"
+    )
+    with pytest.raises(InputError, match="model_fingerprint: got "):  # in bfloat16 it is another teacher
+        stages.distill(second)
+    stages.distill(dataclasses.replace(second, dtype=""))
+    assert ModelFolder.load(tmp_path / "second" / "student").metadata["tasks"] == []
+    with pytest.raises(InputError, match=r"num_prompts is 11, but .*sums.jsonl has fewer: 10 of its 10 prompts"):
+        stages.collect(dataclasses.replace(first, collect=dataclasses.replace(first.collect, num_prompts=11)))
+    with pytest.raises(InputError, match="pre-training needs config.tasks, config.model and config.pretrain"):
+        stages.pretrain(first)
+
+
+def test_a_teacher_of_another_architecture(tmp_path, finished):
+    config = dataclasses.asdict(ModelFolder.load(finished / "teacher").model.config) | {"source": ""}
+    recipe = make_recipe(tmp_path, teacher=str(finished / "teacher"), architecture=config)
+    assert recipe.load_teacher().model.config.num_layers == 2
+    recipe = make_recipe(tmp_path, teacher=str(finished / "teacher"), architecture=config | {"num_layers": 3})
+    with pytest.raises(InputError, match="config.architecture.num_layers is 3, but .*teacher has 2"):
+        recipe.load_teacher()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompts": "prompts.jsonl"}, "give either config.tasks or config.prompts"),
+        ({"tasks": {}}, "give either config.tasks or config.prompts"),
+        ({"stores": ("a",), "store_weights": (1.0, 2.0)}, "1 stores cannot have 2 store_weights"),
+        ({"dtype": "float16"}, "config.dtype must be '' or float32 or bfloat16, got 'float16'"),
+        ({"mesh": {"data": 0}}, "must have positive sizes, of which one may be -1"),
+        ({"architecture": {"layers": 2}}, "unknown config key config.architecture.layers"),
+    ],
+)
+def test_recipes_that_cannot_be(tmp_path, changes, message):
+    with pytest.raises(InputError, match=message):
+        make_recipe(tmp_path, **changes)
 
 
 def test_pretraining_a_causal_model(tmp_path, finished):

@@ -70,6 +70,13 @@ def test_the_devices_left():
     assert dict(make_mesh(MeshConfig(), jax.devices()[:1]).shape) == {"data": 1, "fsdp": 1, "tensor": 1}
 
 
+def test_meshes_by_name():
+    assert MeshConfig.parse("2x-1x4") == MeshConfig(data=2, fsdp=-1, tensor=4)
+    for text in ("2x4", "axbxc", "", "1x2x3x4", "1x--2x1"):
+        with pytest.raises(InputError, match="a mesh is given as dataxfsdpxtensor, such as 2x4x1; got "):
+            MeshConfig.parse(text)
+
+
 @pytest.mark.parametrize(
     ("mesh", "changes", "message"),
     [
@@ -208,6 +215,7 @@ from cdlm_jax import load_model, sharding
 from cdlm_jax.config import InputError
 from cdlm_jax.decoding import naive
 from cdlm_jax.models import stored
+from cdlm_jax.models.hf import export_hf, fingerprint
 
 for family, dtype in (("llada", None), ("dream", "bfloat16")):
     folder = f"{sys.argv[1]}/{family}/model_sharded"
@@ -219,6 +227,9 @@ for family, dtype in (("llada", None), ("dream", "bfloat16")):
             for ours, expected, spec in zip(jax.tree.leaves(model), jax.tree.leaves(plain), specs, strict=True):
                 assert ours.sharding.spec == spec and ours.dtype == expected.dtype
                 np.testing.assert_array_equal(np.asarray(ours, np.float32), np.asarray(expected, np.float32))
+            assert fingerprint(model) == fingerprint(plain)
+            export_hf(model, f"{sys.argv[2]}/{family}-{stored.STEP}")
+            assert fingerprint(load_model(f"{sys.argv[2]}/{family}-{stored.STEP}")) == fingerprint(plain)
 
 with jax.set_mesh(sharding.make_mesh(sharding.MeshConfig(fsdp=8))):
     try:
@@ -230,5 +241,5 @@ with jax.set_mesh(sharding.make_mesh(sharding.MeshConfig(fsdp=8))):
 
 def test_loading_on_a_mesh(tmp_path):
     (tmp_path / "script.py").write_text(ON_DEVICES)
-    (out,) = finish(start(tmp_path / "script.py", GOLDEN))
+    (out,) = finish(start(tmp_path / "script.py", GOLDEN, tmp_path))
     assert out.strip() == "3 rows must be a multiple of the mesh's data 1 * fsdp 8"

@@ -12,6 +12,8 @@ from cdlm_jax import tasks
 from cdlm_jax.config import InputError, ModelConfig
 from cdlm_jax.decoding.common import check_ids
 from cdlm_jax.decoding.progress import DecodeResult
+from cdlm_jax.distributed import fetch, place_whole
+from cdlm_jax.sharding import whole_batch
 from cdlm_jax.tokenizers import Tokenizer
 
 # decode(prompts [rows, P_max], prompt_lengths [rows], keys [rows]) -> DecodeResult: model and config bound.
@@ -79,10 +81,10 @@ def answers(
     for number, case in enumerate(cases):  # refused before any is decoded
         check_ids(config, number, case.ids)
     width = width or max(len(case.ids) for case in cases)
-    rows = min(batch_size, len(cases))
+    rows = whole_batch(min(batch_size, len(cases)))
     for start in range(0, len(cases), rows):
         batch = cases[start : start + rows]
-        result = jax.device_get(decode(*padded(batch, rows, width, config.pad_token_id), _keys(seed, start, rows)))
+        result = fetch(decode(*padded(batch, rows, width, config.pad_token_id), _keys(seed, start, rows)))
         for row, case in enumerate(batch):
             yield _answer(case, tokenizer, result, row)
 
@@ -93,7 +95,7 @@ def padded(cases: Sequence[Case], rows: int, width: int, pad: int) -> tuple[jax.
     if longest := max((case for case in filled if len(case.ids) > width), key=lambda case: len(case.ids), default=None):
         raise InputError(f"prompt {longest.text!r:.80} has {len(longest.ids)} tokens, allowed: 1 to {width}")
     prompts = [[*case.ids, *[pad] * (width - len(case.ids))] for case in filled]
-    return jnp.asarray(prompts, jnp.int32), jnp.asarray([len(case.ids) for case in filled], jnp.int32)
+    return place_whole((np.asarray(prompts, np.int32), np.asarray([len(case.ids) for case in filled], np.int32)))
 
 
 def _keys(seed: int, start: int, rows: int) -> jax.Array:

@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 import sys
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from safetensors.numpy import save_file
 
 from cdlm_jax import sharding
 from cdlm_jax.config import InputError, ModelConfig
+from cdlm_jax.distributed import fetch, is_main
 from cdlm_jax.models.hf_config import config_text, read_config, read_metadata
 from cdlm_jax.models.lora import merge
 from cdlm_jax.models.stored import INDEX, SINGLE, STORED_DTYPES, check_shapes, check_tied, open_folder, read_parameter
@@ -138,6 +140,7 @@ def export_hf(
     dtype: float32 or bfloat16 (None: as the parameters are). metadata goes under `cdlm` in config.json. Weights above
     max_shard_bytes are split, with an index. The folder appears whole or not at all; one that exists and is not empty
     is refused, as is a model that the family's config.json cannot describe (InputError).
+    Of several processes all take part, and the first one writes.
     """
     folder = Path(folder).resolve()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -146,11 +149,16 @@ def export_hf(
     parameters, places = _parameters(model), tensor_places(model)
     dtype = _one_dtype({name: leaf.dtype for name, leaf in parameters.items()}, dtype)
     config = config_text(model.config, dtype.name, metadata)
+    shards = _to_store(parameters, places, dtype, max_shard_bytes)
+    if not is_main():
+        for _ in shards:  # takes part in gathering what the first process writes
+            pass
+        return
     partial = folder.with_name(f".{folder.name}.partial")  # of an export that died, too
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        _write_weights(partial, parameters, places, dtype, max_shard_bytes)
+        _write_weights(partial, shards)
         (partial / "config.json").write_text(config, encoding="utf-8")
         partial.replace(folder)
     except BaseException:
@@ -199,41 +207,78 @@ def _one_dtype(dtypes: dict[str, np.dtype], dtype) -> np.dtype:
 # Writing
 
 
-def _write_weights(
-    folder: Path, parameters: dict[str, jax.Array], places: dict[str, Place], dtype: np.dtype, max_shard_bytes: int
-) -> None:
+def _to_store(
+    parameters: dict[str, jax.Array], places: dict[str, Place], dtype: np.dtype, max_shard_bytes: int
+) -> Iterator[dict[str, np.ndarray]]:
+    """The tensors of each file, gathered from wherever their pieces are."""
     shards, room = [[]], max_shard_bytes
-    sizes = {name: math.prod(place.shape) * dtype.itemsize for name, place in places.items()}
-    for name, size in sizes.items():
+    for name, place in places.items():
+        size = math.prod(place.shape) * dtype.itemsize
         if shards[-1] and size > room:
             shards.append([])
             room = max_shard_bytes
         shards[-1].append(name)
         room -= size
-    files = (
-        [SINGLE]
-        if len(shards) == 1
-        else [f"model-{i:05}-of-{len(shards):05}.safetensors" for i, _ in enumerate(shards, 1)]
-    )
-    for file, names in zip(files, shards, strict=True):
-        tensors = {name: _to_store(parameters, places[name], dtype) for name in names}
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-    if len(shards) > 1:
-        weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    for names in shards:
+        tensors = {}
+        for name in names:
+            place = places[name]
+            parameter = parameters[place.parameter]
+            tensor = fetch((parameter if place.layer is None else parameter[place.layer]).astype(dtype))
+            tensors[name] = np.ascontiguousarray(tensor.T if place.transposed else tensor)
+        yield tensors
 
 
-def _to_store(parameters: dict[str, jax.Array], place: Place, dtype: np.dtype) -> np.ndarray:
-    parameter = parameters[place.parameter]
-    tensor = np.asarray((parameter if place.layer is None else parameter[place.layer]).astype(dtype))
-    return np.ascontiguousarray(tensor.T if place.transposed else tensor)
+def _write_weights(folder: Path, shards: Iterator[dict[str, np.ndarray]]) -> None:
+    weight_map, total = {}, 0
+    for number, tensors in enumerate(shards, 1):
+        save_file(tensors, folder / f"{number}.part", metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, number)
+        total += sum(tensor.nbytes for tensor in tensors.values())
+    if number == 1:
+        (folder / "1.part").rename(folder / SINGLE)
+        return
+    # The names hold the number of files, which is known only now.
+    files = {i: f"model-{i:05}-of-{number:05}.safetensors" for i in range(1, number + 1)}
+    for i, file in files.items():
+        (folder / f"{i}.part").rename(folder / file)
+    index = {"metadata": {"total_size": total}, "weight_map": {name: files[i] for name, i in weight_map.items()}}
+    (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def fingerprint(model: Transformer) -> str:
-    """16 hex digits that change with any weight or any part of the configuration."""
+    """16 hex digits that change with any weight or any part of the configuration; the mesh has no part in it."""
+    parameters = dict(sorted(_parameters(model).items()))
     digest = hashlib.blake2b(repr(dataclasses.replace(model.config, source="")).encode(), digest_size=8)
-    for name, array in sorted(_parameters(model).items()):
-        digest.update(f"{name} {array.shape} {array.dtype}".encode())
-        digest.update(np.ascontiguousarray(array).view(np.uint8).data)
+    for (name, array), sums in zip(parameters.items(), jax.device_get(_checksums([*parameters.values()])), strict=True):
+        digest.update(f"{name} {array.shape} {array.dtype} {sums.tolist()}".encode())
     return digest.hexdigest()
+
+
+@jax.jit
+def _checksums(arrays: list[jax.Array]) -> list[jax.Array]:
+    """Two sums modulo 2^32 per array, uint32 [2], of every value's bits mixed with its place.
+
+    Computed where the pieces are, a layer at a time: a model may be larger than a host. Integer sums do not depend on
+    their order, so neither on the mesh.
+    """
+
+    def mixed(x):  # the finalizer of MurmurHash3
+        for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+            x = (x ^ (x >> shift)) * jnp.uint32(factor)
+        return x ^ (x >> 16)
+
+    def sums(x):
+        bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(jnp.uint32)
+        for axis, size in enumerate(x.shape):
+            at = jnp.arange(size, dtype=jnp.uint32).reshape([-1 if axis == other else 1 for other in range(x.ndim)])
+            bits = mixed(bits ^ mixed(at + jnp.uint32(0x9E3779B9 + axis)))
+        return jnp.stack([bits.sum(dtype=jnp.uint32), mixed(~bits).sum(dtype=jnp.uint32)])
+
+    def of_array(x):
+        if x.ndim < 3:
+            return sums(x)
+        layers = jax.lax.map(sums, x)  # [layers, 2]
+        return jnp.stack([sums(layers[:, 0]), sums(layers[:, 1])])[:, 0]
+
+    return [of_array(x) for x in arrays]

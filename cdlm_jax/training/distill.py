@@ -4,7 +4,6 @@ import dataclasses
 from functools import partial
 from typing import Literal, NamedTuple
 
-import grain
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -26,7 +25,6 @@ from cdlm_jax.training.losses import (
 )
 from cdlm_jax.training.optimizer import OptimizerConfig
 from cdlm_jax.trajectories.states import SCOPES, State, masked_response, sample_states
-from cdlm_jax.trajectories.store import Trajectories
 from cdlm_jax.visibility import row_end, visible_end
 
 
@@ -205,14 +203,3 @@ def make_loss(graphdef: nnx.GraphDef, config: DistillConfig, block_size: int):
 def _interleaved(one: jax.Array, other: jax.Array) -> jax.Array:
     """[rows, ...] twice -> [2 * rows, ...], in turns: on a mesh both rows of a pair stay where they are."""
     return jnp.stack([one, other], axis=1).reshape(-1, *one.shape[1:])
-
-
-def trajectory_batches(trajectories: Trajectories, batch_size: int, seed: int) -> grain.IterDataset:
-    """Endless shuffled batches of a store, without the fields that the loss does not read."""
-    fields = ("prompt", "prompt_length", "tokens", "order", "hidden", "answer")
-    if len(trajectories) < batch_size:
-        raise InputError(f"batch_size {batch_size} exceeds the {len(trajectories)} records of {trajectories.folder}")
-    dataset = grain.MapDataset.source(trajectories).seed(seed).shuffle().repeat()
-    dataset = dataset.map(lambda record: {name: record[name] for name in fields})
-    batches = dataset.batch(batch_size, drop_remainder=True)
-    return batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4))

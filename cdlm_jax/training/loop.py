@@ -13,6 +13,7 @@ import jax
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from cdlm_jax.config import InputError
+from cdlm_jax.sharding import place
 from cdlm_jax.training.checkpoints import Checkpoints
 from cdlm_jax.training.step import TrainState
 
@@ -73,7 +74,7 @@ def train(
         with Progress(*columns, TextColumn("{task.fields[status]}")) as progress:
             bar = progress.add_task(label, total=config.steps, completed=int(state.step), status="")
             for step in range(int(state.step), config.steps):
-                batch = next(iterator)
+                batch = place(next(iterator))
                 state, metrics = train_step(state, frozen, batch)
                 if pending is not None:
                     _read(pending, log, checkpoints)

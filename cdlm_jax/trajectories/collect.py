@@ -2,24 +2,28 @@
 
 import dataclasses
 import math
+import time
+from functools import partial
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from cdlm_jax.config import InputError
-from cdlm_jax.data import Encoder, ProblemMixture
+from cdlm_jax.data import Encoder, Problems
 from cdlm_jax.decoding import naive
+from cdlm_jax.distributed import agreed, barrier, is_main, own_rows, row_group
 from cdlm_jax.models.transformer import Transformer
-from cdlm_jax.trajectories.store import Metadata, Record, Store
+from cdlm_jax.sharding import local_rows, place, row_pieces
+from cdlm_jax.trajectories.store import Metadata, Record, Store, bytes_per_shard
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CollectConfig:
-    """`num_prompts` problems, one trajectory each per temperature, `batch_size` at a time, `shard_size` to a file."""
+    """`num_prompts` problems, one trajectory each per temperature, `batch_size` at a time (all processes together),
+    `shard_size` to a file."""
 
     num_prompts: int
     temperatures: tuple[float, ...] = (0.0, 0.5)
@@ -59,7 +63,7 @@ def trajectories(
 def collect(
     model: Transformer,
     encoder: Encoder,
-    problems: ProblemMixture,
+    problems: Problems,
     config: CollectConfig,
     *,
     block_size: int,
@@ -69,9 +73,14 @@ def collect(
     """Fill the store in `folder`, continuing one that was interrupted. Returns the finished store.
 
     Record i is temperature i // num_prompts of prompt i % num_prompts; its sample depends on the seed and i only, so
-    an interrupted collection ends with the same records as an uninterrupted one.
+    an interrupted collection ends with the same records as an uninterrupted one, whatever number of processes shares
+    the work. Each group of processes (`distributed.row_group`) works on a shard of its own, which its first one writes.
     """
-    names = tuple(problems.weights)
+    group, groups, writes = row_group()
+    if config.batch_size % row_pieces():
+        raise InputError(
+            f"collect.batch_size {config.batch_size} must be a multiple of {row_pieces()}: the mesh's data * fsdp"
+        )
     metadata = Metadata(
         model_fingerprint=model_fingerprint,
         tokenizer_fingerprint=encoder.tokenizer.fingerprint(),
@@ -83,69 +92,116 @@ def collect(
         mask_token_id=model.config.mask_token_id,
         eos_token_id=model.config.eos_token_id,
         temperatures=config.temperatures,
-        tasks=names,
-        source=" ".join(f"{name}:{weight:g}" for name, weight in problems.weights.items()) + f" ({problems.split})",
+        tasks=problems.names,
+        source=problems.source,
         seed=problems.seed,
         num_records=config.num_prompts * len(config.temperatures),
         shard_size=config.shard_size,
     )
     for index in range(config.num_prompts):  # a prompt that is too long is refused before anything is written
         encoder.prompt(problems[index][1].prompt)
-    store = Store.create_or_resume(folder, metadata)
-
-    def records(indices: list[int], temperature: float) -> list[Record]:
-        """The records of one batch, all of one temperature; padded to full size so that one program serves all."""
-        named = [problems[index % config.num_prompts] for index in indices]
-        padded = indices + indices[-1:] * (config.batch_size - len(indices))
-        prompts, lengths = encoder.prompts([problem.prompt for _, problem in named])
-        rows = np.minimum(np.arange(config.batch_size), len(indices) - 1)
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(problems.seed), jnp.asarray(padded))
-        tokens, order, hidden = jax.device_get(
-            trajectories(
-                model,
-                jnp.asarray(prompts[rows]),
-                jnp.asarray(lengths[rows]),
-                gen_length=encoder.gen_length,
-                block_size=block_size,
-                temperature=temperature,
-                keys=keys,
-            )
-        )
-        return [
-            {
-                "prompt": prompts[row],
-                "prompt_length": lengths[row],
-                "tokens": tokens[row],
-                "order": order[row],
-                "hidden": hidden[row].astype(ml_dtypes.bfloat16),
-                "answer": encoder.answer(problem.answer),
-                "temperature": np.float32(temperature),
-                "prompt_id": np.int64(index % config.num_prompts),
-                "task": np.int32(names.index(name)),
-            }
-            for row, (index, (name, problem)) in enumerate(zip(indices, named, strict=True))
-        ]
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    missing = store.missing_shards()
-    finished = metadata.num_records - sum(len(metadata.records(shard)) for shard in missing)
-    with Progress(*columns) as progress:
-        bar = progress.add_task("trajectories", total=metadata.num_records, completed=finished)
-        for shard in missing:
-            shard_records: list[Record] = []
-            for indices, temperature in _batches(metadata.records(shard), config):
-                shard_records += records(indices, temperature)
-                progress.advance(bar, len(indices))
-            store.write_shard(shard, shard_records)
-    store.finish()
+    if is_main():
+        store = Store.create_or_resume(folder, metadata)
+    barrier("the store is there")
+    store = Store(Path(folder), metadata)
+    todo = np.isin(np.arange(metadata.num_shards), store.missing_shards())
+    missing = np.flatnonzero(agreed(todo)).tolist()
+    decode = partial(_decode, model, encoder, problems, config, block_size)
+    with _Display(store, missing) as display:
+        for start in range(0, len(missing), groups):
+            wave = missing[start : start + groups]
+            work = [_batches(metadata.records(shard), config, config.batch_size // groups) for shard in wave]
+            found: list[Record] = []
+            for number, temperature in enumerate(config.temperatures):
+                # All processes decode together, as often as the group with the most batches has to.
+                of_group = [batches[number] for batches in work]
+                for turn in range(max(map(len, of_group))):
+                    turns = [batches[turn] if turn < len(batches) else [] for batches in of_group]
+                    own = turns[group] if group < len(wave) else []
+                    found += decode(own or next(filter(None, turns)), temperature)[: len(own)]
+                    display.advance(sum(map(len, turns)))
+            if writes and group < len(wave):
+                store.write_shard(wave[group], found)
+        barrier("all shards are written")
+    if is_main():
+        store.finish()
+    barrier("the store is finished")
     return store
 
 
-def _batches(indices: range, config: CollectConfig) -> list[tuple[list[int], float]]:
-    """Consecutive records in batches that do not mix temperatures."""
-    batches = []
-    for place, temperature in enumerate(config.temperatures):
-        of_temperature = [i for i in indices if i // config.num_prompts == place]
-        for start in range(0, len(of_temperature), config.batch_size):
-            batches.append((of_temperature[start : start + config.batch_size], temperature))
-    return batches
+def _batches(indices: range, config: CollectConfig, size: int) -> list[list[list[int]]]:
+    """Consecutive records in batches that do not mix temperatures: [temperature][batch][record]."""
+    found = []
+    for number in range(len(config.temperatures)):
+        of_temperature = [i for i in indices if i // config.num_prompts == number]
+        found.append([of_temperature[start : start + size] for start in range(0, len(of_temperature), size)])
+    return found
+
+
+def _decode(
+    model: Transformer,
+    encoder: Encoder,
+    problems: Problems,
+    config: CollectConfig,
+    block_size: int,
+    indices: list[int],
+    temperature: float,
+) -> list[Record]:
+    """This group's rows of one batch, all of one temperature; filled up to full size so that one program serves all."""
+    named = [problems[index % config.num_prompts] for index in indices]
+    prompts, lengths = encoder.prompts([problem.prompt for _, problem in named])
+    rows = np.minimum(np.arange(len(own_rows(config.batch_size))), len(indices) - 1)
+    prompt, prompt_length, index = place((prompts[rows], lengths[rows], np.asarray(indices, np.int32)[rows]))
+    found = trajectories(
+        model,
+        prompt,
+        prompt_length,
+        gen_length=encoder.gen_length,
+        block_size=block_size,
+        temperature=temperature,
+        keys=jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(problems.seed), index),
+    )
+    tokens, order, hidden = map(local_rows, found)
+    return [
+        {
+            "prompt": prompts[row],
+            "prompt_length": lengths[row],
+            "tokens": tokens[row],
+            "order": order[row],
+            "hidden": hidden[row].astype(ml_dtypes.bfloat16),
+            "answer": encoder.answer(problem.answer),
+            "temperature": np.float32(temperature),
+            "prompt_id": np.int64(index % config.num_prompts),
+            "task": np.int32(problems.names.index(name)),
+        }
+        for row, (index, (name, problem)) in enumerate(zip(indices, named, strict=True))
+    ]
+
+
+class _Display:
+    """What a terminal shows: the disk that the rest may need, then records done, tokens per second, time left."""
+
+    def __init__(self, store: Store, missing: list[int]):
+        metadata, left = store.metadata, sum(len(store.metadata.records(shard)) for shard in missing)
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        speed = TextColumn("{task.fields[speed]:,.0f} tokens/s")
+        self._progress = Progress(*columns, speed, disable=not is_main())
+        self._bar = self._progress.add_task(
+            "trajectories", total=metadata.num_records, completed=metadata.num_records - left, speed=0
+        )
+        self._length, self._done, self._begin = metadata.gen_length, 0, time.perf_counter()
+        if is_main() and missing:
+            need = sum(bytes_per_shard(metadata, shard) for shard in missing)
+            print(f"{left:,} trajectories to collect: at most {need / 2**20:,.0f} MiB of disk in {store.folder}")
+
+    def __enter__(self) -> "_Display":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._progress.stop()
+
+    def advance(self, records: int) -> None:
+        self._done += records
+        speed = self._done * self._length / (time.perf_counter() - self._begin)
+        self._progress.update(self._bar, advance=records, speed=speed)
