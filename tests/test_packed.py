@@ -124,6 +124,9 @@ def test_each_block_has_a_state_of_its_own():
 # ---- losses --------------------------------------------------------------------------------------------------------
 
 
+quickly_compiled = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
 @pytest.mark.parametrize(("alignment", "rank", "remat"), [("same_position", 0, False), ("shifted", 3, True)])
 def test_losses_and_gradient_are_the_means_of_the_plain_form_over_the_blocks(alignment, rank, remat):
     options = {"consistency_scope": "same_block", "lora_rank": rank}
@@ -131,10 +134,10 @@ def test_losses_and_gradient_are_the_means_of_the_plain_form_over_the_blocks(ali
     graphdef, trainable, frozen = make_student(random_model(alignment), config_of(**options), jax.random.key(1))
     trainable = moved(trainable)
     config = config_of(**options, mode="packed", remat=remat)
-    loss_fn = jax.jit(jax.value_and_grad(make_loss(graphdef, config, BLOCK), has_aux=True))
+    loss_fn = quickly_compiled(jax.value_and_grad(make_loss(graphdef, config, BLOCK), has_aux=True))
     (loss, metrics), gradient = loss_fn(trainable, frozen, batch, keys, 0)
 
-    @jax.jit
+    @quickly_compiled
     def plain(step, later):
         def sample_states(tokens, order, keys, *, block_size, mask_token_id, scope):
             return state_at(tokens, order, step, later, block_size=block_size, mask_token_id=mask_token_id)
@@ -155,7 +158,7 @@ def test_losses_and_gradient_are_the_means_of_the_plain_form_over_the_blocks(ali
         np.testing.assert_allclose(metrics[name], value, rtol=1e-4, err_msg=name)
         assert value > 1e-3 or name == "agreement"
     for ours, theirs in zip(*map(jax.tree.leaves, (gradient, expected_gradient)), strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5 * np.abs(theirs).max())
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=3e-5 * np.abs(theirs).max())
 
     # Stored and student rows meet position for position: of a teacher that is the student nothing is left to learn.
     student = nnx.merge(graphdef, trainable, frozen.student)
@@ -172,10 +175,10 @@ def test_losses_and_gradient_are_the_means_of_the_plain_form_over_the_blocks(ali
     ("changes", "message"),
     [
         ({"mode": "dense"}, "distill.mode must be plain or packed, got 'dense'"),
-        ({"mode": "packed"}, "teacher offline and consistency_scope same_block, got offline and later_blocks$"),
+        ({"mode": "packed"}, r"distill.consistency_scope same_block \(.*\), got offline and later_blocks$"),
         (
             {"mode": "packed", "consistency_scope": "same_block", "teacher": "online"},
-            "teacher offline and consistency_scope same_block, got online and same_block$",
+            r"packed needs distill.teacher offline and .*, got online and same_block$",
         ),
     ],
 )

@@ -33,7 +33,7 @@ class DistillConfig(LoopConfig):
     """How to train a student.
 
     mode: `plain` trains on one state of each trajectory, as the paper does; `packed` on one of each of its blocks, in
-        one longer row (`training/packed.py`).
+        one longer row (`training/packed.py`, docs/packed.md).
     teacher: `offline` rebuilds the teacher's distribution from the stored hidden rows, `online` asks the frozen
         network at each state.
     lora_rank: 0 trains all parameters.
@@ -66,8 +66,8 @@ class DistillConfig(LoopConfig):
             raise InputError(f"distill.mode must be plain or packed, got {self.mode!r}")
         if self.mode == "packed" and (self.teacher, self.consistency_scope) != ("offline", "same_block"):
             raise InputError(
-                "distill.mode packed shows a block no state of the blocks after it: it needs teacher offline and"
-                f" consistency_scope same_block, got {self.teacher} and {self.consistency_scope}"
+                "distill.mode packed needs distill.teacher offline and distill.consistency_scope same_block"
+                f" (docs/packed.md says why), got {self.teacher} and {self.consistency_scope}"
             )
         if self.lora_rank < 0:
             raise InputError(f"distill.lora_rank must be 0 (train everything) or more, got {self.lora_rank}")
