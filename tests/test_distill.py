@@ -242,11 +242,12 @@ def assert_same(got, expected):
     [
         FULL,
         dataclasses.replace(FULL, lora_rank=4, lora_alpha=8.0),
+        dataclasses.replace(FULL, mode="packed", consistency_scope="same_block"),
         pytest.param(
             dataclasses.replace(FULL, optimizer=dataclasses.replace(ADAMW, name="muon")), marks=pytest.mark.slow
         ),
     ],
-    ids=["full", "lora", "muon"],
+    ids=["full", "lora", "packed", "muon"],
 )
 def test_thirty_steps_lower_the_loss_and_spare_the_teacher(store, config):
     _, trainable, frozen = make_student(STORE_TEACHER, config, jax.random.key(1))

@@ -39,7 +39,7 @@ CORE = (
 FEW = ("forward", "autoregressive, sampled")
 PLANS = (  # two processes, since there may be two cores
     {"2x2x2": (*CORE, "distilled, LoRA"), "8x1x1": FEW},
-    {"1x2x4": (*CORE, "distilled, online"), "1x8x1": FEW},
+    {"1x2x4": (*CORE, "distilled, online", "distilled, packed"), "1x8x1": FEW},
 )
 LARGEST_DIFFERENCE = 1e-5
 
