@@ -34,7 +34,7 @@ FLOORS = [
     {"model_folder"},
     {"models"},
     {"kernels"},
-    {"visibility", "config", "sharding", "tasks", "tokenizers", "data"},
+    {"visibility", "config", "sharding", "chips", "tasks", "tokenizers", "data"},
 ]
 FLOOR = {name: len(FLOORS) - number for number, floor in enumerate(FLOORS) for name in floor}
 MAX_LINES = 400
