@@ -1,7 +1,10 @@
 """What a compiled program costs one device, the bodies of loops multiplied out: XLA's own analysis counts them once."""
 
+import dataclasses
 import math
 import re
+from collections import Counter
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
