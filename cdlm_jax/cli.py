@@ -24,8 +24,9 @@ USAGE = """usage: cdlm <command> [--flag=value ...]        (cdlm <command> --hel
   benchmark    compare every decoder on the same weights, problems and machine
   lm-eval      lm-evaluation-harness with --model cdlm_jax; its own arguments
   export       write a model folder with another dtype
+  plan         compile a stage for a TPU slice or GPUs that are not here: does it fit, what bounds it
 
-pretrain, collect, distill, quickstart, benchmark take --config=configs/x.py, and overrides of it such as
+pretrain, collect, distill, quickstart, benchmark, plan take --config=configs/x.py, and overrides of it such as
 --config.distill.steps=200."""
 
 
@@ -136,7 +137,7 @@ def _one_line(error: BaseException) -> str:
 
 def _config_flags(name: str, variant: str = "full") -> Callable[[flags.FlagValues], None]:
     def define(values: flags.FlagValues) -> None:
-        path = f"{_config_path(name)}:{variant}"
+        path = f"{_config_path(name)}:{variant}".rstrip(":")
         config_flags.DEFINE_config_file("config", path, "Recipe to run.", flag_values=values)
 
     return define
@@ -213,6 +214,15 @@ def _benchmark_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_list("task", None, "In place of config.tasks, comma-separated.", flag_values=values)
     flags.DEFINE_list("data", None, "In place of config.data: files of real problems.", flag_values=values)
     _code_flag(values)
+
+
+def _plan_flags(values: flags.FlagValues) -> None:
+    _config_flags("dream_7b.py", "")(values)
+    text = flags.DEFINE_string
+    text("topology", None, "A TPU slice or GPUs, such as v5e:4x4 or h100:8.", flag_values=values)
+    text("stage", "distill", "distill, collect or generate.", flag_values=values)
+    flags.DEFINE_bool("sweep", False, "Try other meshes and batches, rank those that fit.", flag_values=values)
+    text("output", None, "Write the figures here as JSON.", flag_values=values)
 
 
 def _export_flags(values: flags.FlagValues) -> None:
@@ -341,6 +351,16 @@ def _export(values: flags.FlagValues) -> None:
     print(f"wrote {values.output}")
 
 
+def _plan(values: flags.FlagValues) -> None:
+    if values.topology is None:
+        raise InputError("give --topology, such as v5e:4x4 or h100:8")
+    output = None if values.output is None else Path(values.output)
+    from cdlm_jax import planning
+
+    settings = _recipe(values)
+    planning.run(settings, values.topology, values.stage, sweeps=values.sweep, output=output, console=_console())
+
+
 def _options(values: flags.FlagValues):
     from dataclasses import fields
 
@@ -371,4 +391,5 @@ COMMANDS: dict[str, tuple[Callable | None, Callable]] = {
     "benchmark": (_benchmark_flags, _benchmark),
     "lm-eval": (None, _lm_eval),
     "export": (_export_flags, _export),
+    "plan": (_plan_flags, _plan),
 }

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 from numbers import Integral
+from types import UnionType
 from typing import Literal, get_args, get_origin
 
 from ml_collections import ConfigDict
@@ -99,6 +100,8 @@ def build(cls, section, name: str):
 
 def _checked(kind, value, name: str):
     """`value` for a field of a type: a dataclass, a plain type, a Literal, dict[str, float] or tuple[float, ...]."""
+    if get_origin(kind) is UnionType:  # of one type and None
+        return None if value is None else _checked(get_args(kind)[0], value, name)
     if dataclasses.is_dataclass(kind):
         return build(kind, value, name)
     if get_origin(kind) is Literal:

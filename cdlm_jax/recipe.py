@@ -18,6 +18,7 @@ from cdlm_jax.model_folder import ModelFolder
 from cdlm_jax.models.hf import fingerprint
 from cdlm_jax.models.lora import merge
 from cdlm_jax.models.transformer import Transformer
+from cdlm_jax.sharding import MeshConfig
 from cdlm_jax.tokenizers import Tokenizer
 from cdlm_jax.training import causal, denoising
 from cdlm_jax.training import distill as distillation
@@ -49,6 +50,7 @@ class Recipe:
 
     tasks: weights of the problem mixture; teacher: a model folder, or `shipped`; init: the model folder that
     pre-training starts from, empty for random weights; heldout_per_task: problems of each evaluation.
+    architecture: the teacher's, so that a run can be planned without its weights; dtype: what its weights are cast to.
     """
 
     work: str
@@ -58,10 +60,14 @@ class Recipe:
     gen_length: int
     block_size: int
     teacher: str = "shipped"
+    architecture: ModelConfig | None = None
+    dtype: str = ""
+    mesh: MeshConfig = MeshConfig()
+    prompts: str = ""
     init: str = ""
     heldout_per_task: int = 128
-    model: ModelShape
-    pretrain: PretrainConfig
+    model: ModelShape | None = None
+    pretrain: PretrainConfig | None = None
     collect: CollectConfig
     distill: distillation.DistillConfig
 
