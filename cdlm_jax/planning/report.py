@@ -126,8 +126,10 @@ def plan(recipe: Recipe, topology: Topology, name: str) -> Plan:
 
 
 def _held(values) -> int:
-    """Bytes of arrays on one device."""
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(values))
+    """Bytes of arrays on one device; what has no sharding is whole on each."""
+    leaves = jax.tree.leaves(values)
+    shapes = [x.shape if x.sharding is None else x.sharding.shard_shape(x.shape) for x in leaves]
+    return sum(math.prod(shape) * x.dtype.itemsize for shape, x in zip(shapes, leaves, strict=True))
 
 
 def _memory(stats, held: dict[str, int]) -> dict[str, int]:

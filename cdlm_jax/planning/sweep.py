@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import jax
 
 from cdlm_jax.config import InputError
+from cdlm_jax.models.hf import abstract
 from cdlm_jax.planning.report import Plan, plan
 from cdlm_jax.planning.topology import Topology
 from cdlm_jax.recipe import Recipe

@@ -121,6 +121,7 @@ def _slice(name: str, kind: str, dims: tuple[int, ...]) -> Topology:
     jax.config.update("jax_platforms", "cpu")
     for variable, value in (
         ("TPU_SKIP_MDS_QUERY", "1"),
+        ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1"),
         ("TPU_WORKER_HOSTNAMES", "localhost"),
         ("TPU_ACCELERATOR_TYPE", f"{'v5litepod' if kind == 'v5e' else kind}-{math.prod(dims)}"),
         ("TF_CPP_MIN_LOG_LEVEL", "3"),
