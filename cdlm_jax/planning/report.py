@@ -78,6 +78,11 @@ class Plan:
 
 def plan(recipe: Recipe, topology: Topology, name: str) -> Plan:
     """Compile a stage for a machine. InputError where the mesh does not suit the model, the batch or the machine."""
+    return compiled(recipe, topology, name)[0]
+
+
+def compiled(recipe: Recipe, topology: Topology, name: str) -> tuple[Plan, str]:
+    """The plan, and the text of the compiled program; "" where the compiler ran out of the device's memory."""
     mesh = sharding.make_mesh(recipe.mesh, topology.devices)
     with jax.set_mesh(mesh):
         chosen = stage(name, recipe)
@@ -98,18 +103,19 @@ def plan(recipe: Recipe, topology: Topology, name: str) -> Plan:
         }
         lowered = chosen.lower()
         try:
-            compiled = lowered.compile()
+            executable = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             seconds = time.perf_counter() - begin
-            return Plan(**common, memory=held, peak=_wanted(str(error)), compile_seconds=seconds)
+            return Plan(**common, memory=held, peak=_wanted(str(error)), compile_seconds=seconds), ""
         seconds = time.perf_counter() - begin
-    memory = _memory(compiled.memory_analysis(), held)
-    work = cost(compiled.as_text(), lambda loop: chosen.forwards)
+    memory = _memory(executable.memory_analysis(), held)
+    text = executable.as_text()
+    work = cost(text, lambda loop: chosen.forwards)
     sent = by_axes(work.collectives, mesh)
     total_sent = sum(size for kinds in sent.values() for size in kinds.values())
-    return Plan(
+    found = Plan(
         **common,
         memory=memory,
         peak=sum(memory.values()),
@@ -123,6 +129,7 @@ def plan(recipe: Recipe, topology: Topology, name: str) -> Plan:
         },
         compile_seconds=seconds,
     )
+    return found, text
 
 
 def _held(values) -> int:

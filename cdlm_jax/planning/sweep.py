@@ -23,7 +23,8 @@ def candidates(recipe: Recipe, topology: Topology, stage: str) -> Iterator[Recip
     A training step keeps its number of rows: they are taken in more or fewer parts (`accumulate`).
     """
     count = len(topology.devices)
-    weights = sum(x.nbytes for x in jax.tree.leaves(abstract(recipe.architecture, recipe.dtype or "float32")))
+    model = abstract(recipe.architecture, recipe.dtype or "float32")
+    weights = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(model))
     for tensor in TENSOR:
         for data in (size for size in DATA if count % (size * tensor) == 0):
             mesh = MeshConfig(data=data, fsdp=count // (data * tensor), tensor=tensor)
