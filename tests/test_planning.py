@@ -280,13 +280,25 @@ def cpu(count: int = 1) -> topology.Topology:
     return topology.Topology("cpu", topology.chips.find("TPU v5 lite"), jax.devices()[:count], ())
 
 
+def largest_with_vocabulary(text: str) -> int:
+    """Entries of the largest array that has the vocabulary for a dimension."""
+    shapes = {tuple(map(int, dims.split(","))) for dims in re.findall(r"[a-z]\d+\[([\d,]+)\]", text)}
+    return max(np.prod(shape) for shape in shapes if VOCAB in shape)
+
+
+# Of so small a model the vocabulary is the most; a decode step counts as one that commits a block and refines another.
+RATIOS = {"distill": 1.4, "collect": 1.1, "generate": 2.0}
+
+
 @pytest.mark.parametrize("stage", stages.STAGES)
 def test_every_stage_compiles_for_this_machine(stage):
-    """The same path as for a pod, on one CPU device: FLOPs near what the work needs."""
-    plan = report.plan(tiny_recipe(vocab_size=6144), cpu(), stage)
+    """The same path as for a pod, on one CPU device: FLOPs near what the work needs, and no [rows, L, V]."""
+    plan, text = report.compiled(tiny_recipe(), cpu(), stage)
     assert plan.fits and plan.memory["parameters"] > 0 and plan.sent == {}
-    assert 0.8 < plan.ratio < (1.8 if stage == "generate" else 1.15)
+    assert 0.8 < plan.ratio < RATIOS[stage]
     assert plan.json()["fits"] and json.loads(json.dumps(plan.json()))["stage"] == stage
+    if stage == "distill":
+        assert largest_with_vocabulary(text) < VOCAB * 8 * 32
 
 
 @pytest.mark.parametrize("name", ["dream_7b", "llada_8b"])
@@ -323,6 +335,7 @@ def test_a_sweep_keeps_the_rows_of_an_update():
 has_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 
 
+@pytest.mark.slow
 @has_libtpu
 def test_a_tiny_model_compiles_for_a_tpu_slice(tmp_path):
     """In a process of its own: no replicated array, no [rows, L, V], nothing on stderr; the figures add up."""
@@ -346,8 +359,7 @@ print(json.dumps([plan.json(), text]))
     plan, text = json.loads(done.stdout.splitlines()[-1])
     assert "nvoluntary full rematerialization" not in done.stderr
     assert plan["fits"] and plan["devices"] == 4 and plan["mesh"] == {"data": 1, "fsdp": 4, "tensor": 1}
-    assert 0.8 < plan["flops_over_analytic"] < 1.15
+    assert 0.8 < plan["flops_over_analytic"] < RATIOS["distill"]
     assert plan["sent"]["fsdp"]["all-gather"] > 0
-    # Of the vocabulary's size are the embedding and the head, a piece of each; no array of a row's positions is.
-    wide = {dims for dims in re.findall(r"[a-z]\d+\[([\d,]+)\]", text) if str(VOCAB) in dims.split(",")}
-    assert wide and max(np.prod(list(map(int, dims.split(",")))) for dims in wide) <= VOCAB * 64
+    # A device holds a quarter of the embedding's and the head's 64 columns, and 2 rows of 32 positions.
+    assert largest_with_vocabulary(text) < VOCAB * 64
