@@ -25,8 +25,9 @@ USAGE = """usage: cdlm <command> [--flag=value ...]        (cdlm <command> --hel
   benchmark    compare every decoder on the same weights, problems and machine
   lm-eval      lm-evaluation-harness with --model cdlm_jax; its own arguments
   export       write a model folder with another dtype
+  plan         compile a stage for a TPU slice or GPUs that are not here: does it fit, what bounds it
 
-pretrain, collect, distill, quickstart, benchmark take --config=configs/x.py, and overrides of it such as
+pretrain, collect, distill, quickstart, benchmark, plan take --config=configs/x.py, and overrides of it such as
 --config.distill.steps=200."""
 
 
@@ -295,6 +296,16 @@ def _export(values: flags.FlagValues) -> None:
     print(f"wrote {values.output}")
 
 
+def _plan(values: flags.FlagValues) -> None:
+    if values.topology is None:
+        raise InputError("give --topology, such as v5e:4x4 or h100:8")
+    output = None if values.output is None else Path(values.output)
+    from cdlm_jax import planning
+
+    settings = _recipe(values)
+    planning.run(settings, values.topology, values.stage, sweeps=values.sweep, output=output, console=_console())
+
+
 def _options(values: flags.FlagValues):
     from dataclasses import fields
 
@@ -327,4 +338,5 @@ COMMANDS: dict[str, tuple[Callable | None, Callable]] = {
     "benchmark": (cli_flags.benchmark, _benchmark),
     "lm-eval": (None, _lm_eval),
     "export": (cli_flags.export, _export),
+    "plan": (cli_flags.plan, _plan),
 }

@@ -81,11 +81,12 @@ class Frozen:
     """What a distillation step reads and never changes.
 
     student: nnx.State of the parameters that are not trained; teacher_head: [d, V], turns stored hidden rows into the
-    teacher's distribution; teacher: the frozen network when it is asked online, else None.
+    teacher's distribution, None where it is the student's too (LoRA leaves it alone); teacher: the frozen network when
+    it is asked online, else None.
     """
 
     student: nnx.State
-    teacher_head: jax.Array
+    teacher_head: jax.Array | None
     teacher: Transformer | None
 
 
@@ -111,7 +112,8 @@ def make_student(teacher: Transformer, config: DistillConfig, key: jax.Array):
         # Float32 masters, so that small updates of bfloat16 weights are not rounded away; and copies in any case, since
         # a train step donates its state and the teacher must survive it.
         trainable = jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), trainable)
-    frozen = Frozen(rest, teacher.head, teacher if config.teacher == "online" else None)
+    head = None if config.lora_rank else teacher.head
+    frozen = Frozen(rest, head, teacher if config.teacher == "online" else None)
     return graphdef, trainable, frozen
 
 
