@@ -1,16 +1,13 @@
 """Reference cases from tests/golden (see its README): numbers of the authors' PyTorch code."""
 
-import importlib.util
 import json
-import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 
-if importlib.util.find_spec("libtpu"):  # there to compile for TPUs: JAX would look for one, and complain of its absence
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+import cdlm_jax  # noqa: F401  before a test imports JAX (cdlm_jax/platforms.py)
 
 GOLDEN = Path(__file__).parent / "golden"
 
