@@ -17,11 +17,13 @@ import pytest
 from jax.sharding import Mesh
 
 from cdlm_jax.config import InputError, build
+from cdlm_jax.models.hf import abstract
 from cdlm_jax.planning import hlo, report, stages, topology
 from cdlm_jax.planning.collectives import replica_groups
 from cdlm_jax.planning.cost import Collective, cost, product_flops
 from cdlm_jax.planning.sweep import candidates
 from cdlm_jax.recipe import Recipe
+from cdlm_jax.training.flops import distill_flops
 
 ROOT = Path(__file__).parent.parent
 VOCAB = 6151  # prime, and no other size of the tiny model: found in a shape, it is the vocabulary
@@ -304,20 +306,15 @@ def test_every_stage_compiles_for_this_machine(stage):
 @pytest.mark.parametrize("name", ["dream_7b", "llada_8b"])
 def test_configs_build_and_need_what_their_sizes_say(name):
     recipe = build(Recipe, config_of(name), "config")
-    weights = (
-        stages.layer_weights(recipe.architecture) + 2 * recipe.architecture.vocab_size * recipe.architecture.hidden_size
-    )
-    assert 7.5e9 < weights < 8.1e9
+    model = abstract(recipe.architecture, "bfloat16")
+    assert 7.5e9 < sum(x.size for x in jax.tree.leaves(model)) < 8.1e9
     seq_len, rows = 512 + 256, 64
-    assert (recipe.prompt_length, recipe.gen_length, recipe.block_size, recipe.distill.batch_size) == (
-        512,
-        256,
-        32,
-        rows,
-    )
+    assert (recipe.prompt_length, recipe.gen_length, recipe.block_size) == (512, 256, 32)
+    assert recipe.distill.batch_size == rows
     # Three forwards, a backward through two of them without weight gradients, and their recomputation: 7 times 2 N.
-    need = rows * stages.distill_flops(recipe, recipe.architecture)
-    assert need == pytest.approx(7 * 2 * stages.layer_weights(recipe.architecture) * rows * seq_len, rel=0.15)
+    weights = sum(x.size for x in jax.tree.leaves(model.layers))
+    need = distill_flops(recipe.architecture, recipe.distill, recipe.row, rematerialized=True)
+    assert need == pytest.approx(7 * 2 * weights * rows * seq_len, rel=0.15)
 
 
 def test_a_sweep_keeps_the_rows_of_an_update():

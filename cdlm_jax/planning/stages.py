@@ -19,6 +19,7 @@ from cdlm_jax.models.hf import abstract
 from cdlm_jax.models.transformer import Transformer
 from cdlm_jax.recipe import Recipe
 from cdlm_jax.training import distill as distillation
+from cdlm_jax.training.flops import decode_flops, distill_flops
 from cdlm_jax.training.optimizer import make_optimizer
 from cdlm_jax.training.step import TrainState, make_train_step
 from cdlm_jax.trajectories.collect import trajectories
@@ -99,7 +100,7 @@ def _distill(recipe: Recipe, model: ModelConfig) -> Stage:
         },
         forwards=1,
         tokens=rows * length,
-        analytic=rows * distill_flops(recipe, model),
+        analytic=distill_flops(model, config, recipe.row, rematerialized=True),
     )
 
 
@@ -109,7 +110,7 @@ def _collect(recipe: Recipe, model: ModelConfig) -> Stage:
     arguments = {"parameters": teacher(recipe), "inputs": _prompts(recipe, rows)}
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
     keys = by_rows(keys.shape, keys.dtype)
-    each = forward_flops(model, recipe.prompt_length + length, recipe.prompt_length + length) + head_flops(model, block)
+    each = decode_flops(model, queries=recipe.row.length, keys=recipe.row.length, predicted=block)
     return Stage(
         lower=lambda: jax.jit(decode).lower(arguments["parameters"], *arguments["inputs"], keys=keys),
         arguments=arguments,
@@ -124,8 +125,9 @@ def _generate(recipe: Recipe, model: ModelConfig) -> Stage:
     config = cdlm.Config(gen_length=length, block_size=block)
     arguments = {"parameters": teacher(recipe), "inputs": _prompts(recipe, rows)}
     forwards = round(length / TOKENS_PER_FORWARD)
-    context = recipe.prompt_length + length
-    each = forward_flops(model, block, context) + head_flops(model, block)
+    prompt, context = recipe.prompt_length, recipe.row.length
+    prefill = decode_flops(model, queries=prompt, keys=context, predicted=0)
+    each = decode_flops(model, queries=block, keys=context, predicted=block)
     return Stage(
         lower=lambda: jax.jit(partial(cdlm.generate, config=config)).lower(
             arguments["parameters"], *arguments["inputs"]
@@ -133,7 +135,7 @@ def _generate(recipe: Recipe, model: ModelConfig) -> Stage:
         arguments=arguments,
         forwards=forwards,
         tokens=rows * length,
-        analytic=rows * (forward_flops(model, recipe.prompt_length, context) + forwards * each),
+        analytic=rows * (prefill + forwards * each),
     )
 
 
@@ -142,49 +144,3 @@ def _prompts(recipe: Recipe, rows: int) -> tuple[jax.ShapeDtypeStruct, jax.Shape
 
 
 STAGES = {"distill": _distill, "collect": _collect, "generate": _generate}
-
-
-# ---- what the work needs, per row ----------------------------------------------------------------------------------
-
-
-def layer_weights(model: ModelConfig) -> int:
-    """Entries of the matrices of all layers."""
-    d, kv = model.hidden_size, model.num_kv_heads * model.head_dim
-    return model.num_layers * (2 * d * (d + kv) + 3 * d * model.mlp_size)
-
-
-def attention_flops(model: ModelConfig, queries: int, keys: int) -> float:
-    return 4.0 * model.num_layers * model.hidden_size * queries * keys
-
-
-def forward_flops(model: ModelConfig, queries: int, keys: int) -> float:
-    """Of the layers, for `queries` positions of one sequence that see `keys` positions."""
-    return 2.0 * layer_weights(model) * queries + attention_flops(model, queries, keys)
-
-
-def head_flops(model: ModelConfig, queries: int) -> float:
-    return 2.0 * model.hidden_size * model.vocab_size * queries
-
-
-def distill_flops(recipe: Recipe, model: ModelConfig) -> float:
-    """One row of a distillation step: three student forwards, one backward through two of them.
-
-    Forward: the layers for y, y* and the noised answer, logits of these and of the teacher's hidden rows. Backward: the
-    gradient of activations, of weights where they are trained, and, with `remat`, the layers of the two forwards again.
-    The losses stream the vocabulary: their logits are computed again in the backward pass.
-    """
-    length, seq_len = recipe.gen_length, recipe.prompt_length + recipe.gen_length
-    config = recipe.distill
-    layers, attention = forward_flops(model, seq_len, seq_len), attention_flops(model, seq_len, seq_len)
-    head = head_flops(model, length)
-    forward = (3 + (config.teacher == "online")) * layers + 4 * head
-    backward = 2 * (layers + attention + head) + 4 * head
-    if config.remat:
-        backward += 2 * layers
-    if config.lora_rank:
-        d, kv = model.hidden_size, model.num_kv_heads * model.head_dim
-        sizes = 4 * d + 2 * (d + kv) + 3 * (d + model.mlp_size)  # in + out of q, out; k, v; gate, up, down
-        adapters = 2.0 * model.num_layers * config.lora_rank * sizes * seq_len
-        again = 2 * config.remat
-        return forward + backward + (3 + 2 * 2 + again) * adapters
-    return forward + backward + 2 * (layers - attention + head)
