@@ -72,10 +72,15 @@ def _quiet() -> None:
     """No chatter of libraries between our own lines."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     logging.getLogger("absl").setLevel(logging.ERROR)
-    # Where a checkpoint's file is damaged, Orbax leaves tasks behind, whose callbacks fail one by one.
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-    sys.excepthook = lambda *error: str(error[1]) == "Event loop is closed" or sys.__excepthook__(*error)
+    sys.excepthook = _report
     warnings.filterwarnings("ignore", module=r"(orbax|tensorflow_datasets|etils|grain)\b.*")
+
+
+def _report(kind, error, traceback) -> None:
+    """Like Python's own, but where a checkpoint is damaged Orbax leaves tasks behind, whose callbacks fail one by one."""
+    if str(error) != "Event loop is closed":
+        sys.__excepthook__(kind, error, traceback)
 
 
 # ---- parsing ---------------------------------------------------------------------------------------------------------
