@@ -78,7 +78,7 @@ def _quiet() -> None:
 
 
 def _report(kind, error, traceback) -> None:
-    """Like Python's own, but where a checkpoint is damaged Orbax leaves tasks behind, whose callbacks fail one by one."""
+    """As Python does, but not the tasks that Orbax leaves behind where a checkpoint is damaged: they fail one by one."""
     if str(error) != "Event loop is closed":
         sys.__excepthook__(kind, error, traceback)
 
