@@ -78,7 +78,7 @@ def _quiet() -> None:
 
 
 def _report(kind, error, traceback) -> None:
-    """As Python does, but not the tasks that Orbax leaves behind where a checkpoint is damaged: they fail one by one."""
+    """As Python does, but not the tasks that Orbax leaves behind where a checkpoint is damaged: they fail in turn."""
     if str(error) != "Event loop is closed":
         sys.__excepthook__(kind, error, traceback)
 
