@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +32,33 @@ pretrain, collect, distill, quickstart, benchmark, plan take --config=configs/x.
 --config.distill.steps=200."""
 
 
+def entry() -> int:
+    """The `cdlm` program: `main`, and an end for a process whose peers are still at work.
+
+    Python's own end would wait for them, while they wait for this process in an exchange that it will never join.
+    """
+    try:
+        status = main()
+    except BaseException:
+        if not _is_one_of_several():
+            raise
+        traceback.print_exc()
+        status = 1
+    if status not in (0, preemption.EXIT_STATUS) and _is_one_of_several():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
+
+
+def _is_one_of_several() -> bool:
+    if "jax" not in sys.modules:
+        return False
+    import jax
+
+    return jax.distributed.is_initialized()
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit status.
 
@@ -51,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
         parsed = rest if define is None else _parse(name, define, rest)  # another program parses its own arguments
         if parsed is None:
             return 0
-        with preemption.stops_at_once():
+        with preemption.stops_at_once() if name in CONTINUED else contextlib.nullcontext():
             run(parsed)
     except InputError as error:
         print(f"cdlm {name}: {error}", file=sys.stderr)
@@ -77,10 +105,10 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", module=r"(orbax|tensorflow_datasets|etils|grain)\b.*")
 
 
-def _report(kind, error, traceback) -> None:
+def _report(kind, error, where) -> None:
     """As Python does, but not the tasks that Orbax leaves behind where a checkpoint is damaged: they fail in turn."""
     if str(error) != "Event loop is closed":
-        sys.__excepthook__(kind, error, traceback)
+        sys.__excepthook__(kind, error, where)
 
 
 # ---- parsing ---------------------------------------------------------------------------------------------------------
@@ -264,9 +292,11 @@ def _evaluate(values: flags.FlagValues) -> None:
 
 def _warn_of_gaps() -> None:
     """Says which layers hold programs that a model writes, and what they could do all the same."""
+    from cdlm_jax.distributed import is_main
     from cdlm_jax.evaluation.code_sandbox import isolation
 
-    print(isolation(), file=sys.stderr)
+    if is_main():
+        print(isolation(), file=sys.stderr)
 
 
 def _benchmark(values: flags.FlagValues) -> None:
@@ -293,11 +323,15 @@ def _lm_eval(arguments: list[str]) -> None:
 
 
 def _export(values: flags.FlagValues) -> None:
+    import jax
+
     from cdlm_jax.model_folder import ModelFolder
+    from cdlm_jax.sharding import MeshConfig, make_mesh
 
     if values.model is None or values.output is None:
         raise InputError("give --model and --output")
-    ModelFolder.load(values.model).save(values.output, dtype=values.dtype)
+    with jax.set_mesh(make_mesh(MeshConfig())):
+        ModelFolder.load(values.model).save(values.output, dtype=values.dtype)
     print(f"wrote {values.output}")
 
 
@@ -332,6 +366,8 @@ def _console():
 
     return Console(quiet=not is_main())
 
+
+CONTINUED = ("quickstart", "pretrain", "collect", "distill")  # by the same command, where they were interrupted
 
 COMMANDS: dict[str, tuple[Callable | None, Callable]] = {
     "quickstart": (cli_flags.quickstart, _quickstart),

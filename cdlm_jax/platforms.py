@@ -8,13 +8,15 @@ import os
 import sys
 from pathlib import Path
 
-GOOGLE = "0x1ae0"  # as a vendor of PCI devices: a machine has TPUs where JAX finds one of these, too
+# As PCI devices: Google's number as a vendor, and those of v2 to TPU7x (in `jax._src.hardware_utils`).
+GOOGLE, TPUS = "0x1ae0", {"0x0027", "0x0056", "0x005e", "0x0062", "0x0063", "0x006f", "0x0076"}
 
 
 def has_tpu() -> bool:
     """Whether this machine has one."""
-    vendors = Path("/sys/bus/pci/devices").glob("*/vendor")
-    return any(vendor.read_text().strip() == GOOGLE for vendor in vendors)
+    devices = Path("/sys/bus/pci/devices").glob("*")
+    numbers = ((each / name).read_text().strip() for each in devices for name in ("vendor", "device"))
+    return any(vendor == GOOGLE and device in TPUS for vendor, device in zip(numbers, numbers, strict=True))
 
 
 def skip_absent_tpu() -> None:

@@ -40,7 +40,7 @@ CASES = {
         f"{COLLECT} --config.mesh.fsdp=1 --config.mesh.tensor=4",
         ["num_heads 2 must be a multiple of the mesh's tensor 4"],
     ),
-    "batch of collect": (f"{COLLECT} --config.collect.batch_size=6", ["collect.batch_size 6", "multiple of 4"]),
+    "batch of collect": (f"{COLLECT} --config.collect.batch_size=6", ["6 rows", "data 1 * fsdp 4"]),
     "batch of distill": (f"{DISTILL} --config.distill.batch_size=6", ["6 rows", "data 1 * fsdp 4"]),
     "parts of a batch": (
         f"{DISTILL} --config.distill.batch_size=8 --config.distill.accumulate=4",

@@ -66,11 +66,13 @@ class _Tally:
     bytes: float = 0.0
     sent: dict[tuple, float] = dataclasses.field(default_factory=dict)
 
-    def add(self, other: "_Tally", times: float = 1) -> None:
+    def add(self, other: "_Tally", times: float = 1, *, pieces: bool = False) -> None:
+        """`pieces`: what `other` sends may be part of what was counted already."""
         self.flops += times * other.flops
         self.bytes += times * other.bytes
         for key, size in other.sent.items():
-            self.sent[key] = max(self.sent.get(key, 0.0), times * size)
+            before = self.sent.get(key, 0.0)
+            self.sent[key] = max(before, size) if pieces else before + times * size
 
 
 def _tally(program: Program, name: str, unknown_trips: Trips, *, fused: bool) -> _Tally:
@@ -84,7 +86,7 @@ def _tally(program: Program, name: str, unknown_trips: Trips, *, fused: bool) ->
             groups = replica_groups(instruction)
             key = (instruction.attribute("channel_id") or instruction.name, kind, groups)
             own.sent[key] = bytes_sent(computation, instruction, kind, groups)
-        total.add(own)
+        total.add(own, pieces=True)
         inside = fused or instruction.opcode == "fusion"
         called = [_tally(program, each, unknown_trips, fused=inside) for each in called_by(instruction)]
         if instruction.opcode == "conditional":
@@ -94,7 +96,7 @@ def _tally(program: Program, name: str, unknown_trips: Trips, *, fused: bool) ->
             trips = trip_count(program, computation, instruction)
             trips = unknown_trips(instruction) if trips is None else trips
         for each in called:
-            total.add(each, trips)
+            total.add(each, trips, pieces=instruction.opcode == "fusion")
     return total
 
 

@@ -24,7 +24,7 @@ from cdlm_jax.training.optimizer import make_optimizer
 from cdlm_jax.training.step import TrainState, make_train_step
 from cdlm_jax.trajectories.collect import trajectories
 
-# Forwards of the student per token, where the confidence threshold decides: CDLM's Dream finalizes 2.2 to 2.4 tokens.
+# Of the student, where the confidence threshold decides: CDLM's Dream finalizes 2.2 to 2.4 tokens.
 TOKENS_PER_FORWARD = 2.3
 
 
