@@ -177,7 +177,7 @@ DREAM = (
 )
 LLADA = (
     "{% for message in messages %}<|start_header_id|>{{ message.role }}<|end_header_id|>\n\n"
-    "{{ message.content | trim }}<|eot_id|>{% endfor %}<|start_header_id|>assistant<|end_header_id|>\n\n"
+    "{{ message.content | trim }}<|eot_id|>{% endfor %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
 )
 
 
@@ -188,7 +188,8 @@ LLADA = (
         (DREAM, "<|im_start|>user\na b<|im_end|>\n<|im_start|>assistant\n", "c<|im_end|>"),
         (
             LLADA,
-            "<|start_header_id|>user<|end_header_id|>\n\na b<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+            "<|start_header_id|>user<|end_header_id|>\n\na b<|eot_id|>"
+            "<|start_header_id|>assistant<|end_header_id|>\n\n",
             "c<|eot_id|>",
         ),
     ],
