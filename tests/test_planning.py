@@ -164,6 +164,27 @@ def test_traffic_counts_slices_of_stacked_weights_once():
     assert stack_bytes < moved < 4 * stack_bytes
 
 
+UPDATE = """
+piece (a: f32[100,4], b: s32[2,1], c: f32[2,4]) -> f32[100,4] {
+  %a = f32[100,4]{1,0} parameter(0)
+  %b = s32[2,1]{1,0} parameter(1)
+  %c = f32[2,4]{1,0} parameter(2)
+  ROOT %s = f32[100,4]{1,0} scatter(%a, %b, %c), to_apply=%pick
+}
+
+ENTRY main (x: f32[100,4], i: s32[2,1], y: f32[2,4]) -> f32[100,4] {
+  %x = f32[100,4]{1,0} parameter(0)
+  %i = s32[2,1]{1,0} parameter(1)
+  %y = f32[2,4]{1,0} parameter(2)
+  ROOT %one = f32[100,4]{1,0} fusion(%x, %i, %y), kind=kInput, calls=%piece
+}
+"""
+
+
+def test_traffic_counts_what_an_update_in_place_changes():
+    assert cost(UPDATE).bytes == 2 * 2 * 4 * 4 + 2 * 4  # the rows read and written, and where they go
+
+
 def test_groups_are_read_in_every_notation():
     def groups(text: str, opcode: str = "all-gather"):
         return replica_groups(instruction(f"f32[8]{{0}} {opcode}(%p0), {text}", "f32[4]")[1])
