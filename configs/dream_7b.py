@@ -21,9 +21,9 @@ seconds, at least, of an update or of decoding a batch, with what bounds them; a
     tpu7x:2x2x1    1x8x1    13.8 0.944 memory  8x1x1    28.4  31.1 memory  -
     h100:8         1x8x1    10.7 0.578 compute 8x1x1    15.0  21.3 compute 8x1x1    15.0  1.89 memory
 
-Memory of one device: v5e 15.75, v5p 95.7, v6e 31.25, tpu7x 94.75 (half a chip), H100 74.5 GiB. The default mesh is plain
-FSDP; decode with whole weights where they fit (--config.mesh.data=8 --config.mesh.fsdp=1 on eight devices). It does not
-fit: four v5e chips (v5e:2x2) do not hold an update in one part (17.9 GiB). One H100 does in 16 parts,
+Memory of one device: v5e 15.75, v5p 95.7, v6e 31.25, tpu7x 94.75 (half a chip), H100 74.5 GiB. The default mesh is
+plain FSDP; decode with whole weights where they fit (--config.mesh.data=8 --config.mesh.fsdp=1 on eight devices). Where
+it does not fit: four v5e chips (v5e:2x2) do not hold an update in one part (17.9 GiB). One H100 does in 16 parts,
 --config.distill.accumulate=16 (19.5 GiB).
 """
 

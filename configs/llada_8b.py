@@ -21,9 +21,9 @@ seconds, at least, of an update or of decoding a batch, with what bounds them; a
     tpu7x:2x2x1    -                           8x1x1    30.8  40.4 memory  -
     h100:8         1x8x1    11.4 0.629 compute 8x1x1    15.9  22.9 compute 8x1x1    20.9  2.68 memory
 
-Memory of one device: v5e 15.75, v5p 95.7, v6e 31.25, tpu7x 94.75 (half a chip), H100 74.5 GiB. The default mesh is plain
-FSDP; decode with whole weights where they fit (--config.mesh.data=8 --config.mesh.fsdp=1 on eight devices). It does not
-fit: four v5e chips (v5e:2x2) do not hold an update in one part (17.1 GiB). One H100 does in 16 parts,
+Memory of one device: v5e 15.75, v5p 95.7, v6e 31.25, tpu7x 94.75 (half a chip), H100 74.5 GiB. The default mesh is
+plain FSDP; decode with whole weights where they fit (--config.mesh.data=8 --config.mesh.fsdp=1 on eight devices). Where
+it does not fit: four v5e chips (v5e:2x2) do not hold an update in one part (17.1 GiB). One H100 does in 16 parts,
 --config.distill.accumulate=16 (20.8 GiB).
 """
 
