@@ -1,4 +1,31 @@
-"""PLACEHOLDER"""
+"""CDLM of LLaDA-8B-Instruct: the paper's recipe on a TPU slice or a node of GPUs.
+
+Prompts: 15,000 of at most 512 tokens with answers, as JSON lines {"prompt", "answer"}. It was planned, not run: no such
+machine was at hand. The teacher's folder is that of GSAI-ML/LLaDA-8B-Instruct. In this order:
+
+    cdlm plan     --config=configs/llada_8b.py --topology=v5e:4x4 --stage=distill    # collect, generate
+    cdlm collect  --config=configs/llada_8b.py
+    cdlm distill  --config=configs/llada_8b.py
+    cdlm evaluate --model=runs/llada_8b/student --task=gsm8k --data=gsm8k_test.jsonl
+
+Two trajectories per prompt (temperatures 0 and 0.5), 16 epochs of 30,000 in updates of 64 rows. The paper leaves open
+rank, learning rate and schedule: those are this project's (docs/method.md).
+
+What `cdlm plan` says (docs/planning.md), for 64 rows: the mesh data x fsdp x tensor, peak GiB of one device, and the
+seconds, at least, of an update or of decoding a batch, with what bounds them; a dash was not planned yet.
+
+    machine        distill                     collect                     generate
+    v5e:4x4        1x16x1    7.4  1.58 compute 1x16x1    2.1  57.5 compute 4x1x4     6.8   2.3 compute
+    v5p:4x4x4      -                           64x1x1   15.0  6.17 compute -
+    v6e:4x4        -                           16x1x1   15.7  12.3 compute -
+    tpu7x:2x2x1    -                           8x1x1    30.8  40.4 memory  -
+    h100:8         1x8x1    11.4 0.629 compute 8x1x1    15.9  22.9 compute 8x1x1    20.9  2.68 memory
+
+Memory of one device: v5e 15.75, v5p 95.7, v6e 31.25, tpu7x 94.75 (half a chip), H100 74.5 GiB. The default mesh is
+plain FSDP; decode with whole weights where they fit (--config.mesh.data=8 --config.mesh.fsdp=1 on eight devices). Where
+it does not fit: four v5e chips (v5e:2x2) do not hold an update in one part (17.1 GiB). One H100 does in 16 parts,
+--config.distill.accumulate=16 (20.8 GiB).
+"""
 
 from ml_collections import ConfigDict
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import io
 import json
 import os
 import re
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh
+from rich.console import Console
 
 from cdlm_jax.config import InputError, build
 from cdlm_jax.models.hf import abstract
@@ -166,6 +168,27 @@ def test_traffic_counts_slices_of_stacked_weights_once():
     assert stack_bytes < moved < 4 * stack_bytes
 
 
+UPDATE = """
+piece (a: f32[100,4], b: s32[2,1], c: f32[2,4]) -> f32[100,4] {
+  %a = f32[100,4]{1,0} parameter(0)
+  %b = s32[2,1]{1,0} parameter(1)
+  %c = f32[2,4]{1,0} parameter(2)
+  ROOT %s = f32[100,4]{1,0} scatter(%a, %b, %c), to_apply=%pick
+}
+
+ENTRY main (x: f32[100,4], i: s32[2,1], y: f32[2,4]) -> f32[100,4] {
+  %x = f32[100,4]{1,0} parameter(0)
+  %i = s32[2,1]{1,0} parameter(1)
+  %y = f32[2,4]{1,0} parameter(2)
+  ROOT %one = f32[100,4]{1,0} fusion(%x, %i, %y), kind=kInput, calls=%piece
+}
+"""
+
+
+def test_traffic_counts_what_an_update_in_place_changes():
+    assert cost(UPDATE).bytes == 2 * 2 * 4 * 4 + 2 * 4  # the rows read and written, and where they go
+
+
 def test_groups_are_read_in_every_notation():
     def groups(text: str, opcode: str = "all-gather"):
         return replica_groups(instruction(f"f32[8]{{0}} {opcode}(%p0), {text}", "f32[4]")[1])
@@ -301,6 +324,40 @@ def test_every_stage_compiles_for_this_machine(stage):
     assert plan.json()["fits"] and json.loads(json.dumps(plan.json()))["stage"] == stage
     if stage == "distill":
         assert largest_with_vocabulary(text) < VOCAB * 8 * 32
+
+
+def test_what_the_compiler_wanted_is_read_off_its_refusal():
+    assert report._wanted("Ran out of memory in memory space hbm. Used 17.5G of 15.75G hbm.") == 17.5 * 2**30
+    assert report._wanted("total memory required for HLO temporaries (400.00G) exceeds available HBM") == 400 * 2**30
+    assert report._wanted("out of memory") is None
+
+
+def test_a_plan_that_does_not_fit_is_told_and_ranked_last():
+    plan = report.Plan(
+        topology="v5e:2x2",
+        chip="TPU v5e",
+        devices=4,
+        stage="collect",
+        mesh={"data": 4, "fsdp": 1, "tensor": 1},
+        rows=8,
+        tokens=100,
+        memory={"parameters": 15 * 2**30},
+        peak=17 * 2**30,
+        hbm=16 * 2**30,
+        analytic=1.0,
+        compile_seconds=1.0,
+    )
+    fast, slow = (
+        dataclasses.replace(plan, peak=2**30, flops=1.0, bytes=1.0, seconds={"compute": seconds, "memory": 0.1})
+        for seconds in (1.0, 2.0)
+    )
+    assert not plan.fits and plan.json()["flops"] is None and fast.fits and fast.tokens_per_second == 100
+    assert report.ranked([plan, slow, fast]) == [fast, slow, plan]
+    console = Console(width=120, record=True, file=io.StringIO())
+    for table in (report.table(plan), report.ranking([plan, fast])):
+        console.print(table)
+    text = console.export_text()
+    assert "17.00 GiB of 16.00 GiB: DOES NOT FIT" in text and "4 x 1 x 1" in text
 
 
 @pytest.mark.parametrize("name", ["dream_7b", "llada_8b"])

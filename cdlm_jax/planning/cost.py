@@ -26,6 +26,9 @@ from cdlm_jax.planning.hlo import (
 FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id"}
 FREE |= {"while", "conditional", "call", "optimization-barrier"}
 
+# Ops that change a part of their first operand in place, and which operand the new part is.
+UPDATES = {"dynamic-update-slice": 1, "scatter": 2}
+
 
 # How often a loop runs whose length depends on data.
 Trips = Callable[[Instruction], int]
@@ -169,8 +172,8 @@ def traffic(program: Program, computation: Computation, instruction: Instruction
     written = _main(instruction.arrays)
     if opcode in ("dynamic-slice", "gather", "slice"):
         return 2 * written
-    if opcode == "dynamic-update-slice":
-        return 2 * _main(computation.instructions[instruction.operands[1]].arrays)
+    if opcode in UPDATES:
+        return 2 * _main(computation.instructions[instruction.operands[UPDATES[opcode]]].arrays)
     read = sum(_main(computation.instructions[name].arrays) for name in instruction.operands)
     return read if opcode.endswith("-start") else read + written
 
@@ -189,8 +192,8 @@ def _fusion_traffic(program: Program, computation: Computation, fusion: Instruct
         if number in carried_out or array.on_chip:
             continue
         result = inner.source(name)
-        in_place = result.opcode == "dynamic-update-slice"
-        total += total_bytes(inner.instructions[result.operands[1]].arrays) if in_place else array.bytes
+        part = result.operands[UPDATES[result.opcode]] if result.opcode in UPDATES else None
+        total += array.bytes if part is None else total_bytes(inner.instructions[part].arrays)
     return total
 
 
@@ -218,7 +221,7 @@ def _read(program: Program, inner: Computation, number: int) -> int:
                 total += total_bytes(user.arrays)
             elif user.opcode == "fusion":
                 total += _read(program, program.computations[name_of(user.attribute("calls"))], place)
-            elif not (user.opcode == "dynamic-update-slice" and place == 0):
+            elif not (user.opcode in UPDATES and place == 0):
                 return total_bytes(parameter.arrays)
     return min(total, total_bytes(parameter.arrays))
 

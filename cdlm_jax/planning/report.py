@@ -152,7 +152,7 @@ def _memory(stats, held: dict[str, int]) -> dict[str, int]:
 
 def _wanted(message: str) -> int | None:
     """The memory that the compiler would have needed, if it says so."""
-    found = re.search(r"Used ([\d.]+)([KMGT]) of", message)
+    found = re.search(r"(?:Used |temporaries \()([\d.]+)([KMGT])", message)
     return round(float(found[1]) * 1024 ** "_KMGT".index(found[2])) if found else None
 
 
