@@ -125,9 +125,20 @@ def whole_batch(rows: int) -> int:
 
 
 def spec(*axes: str | None, kv_heads: int = 1) -> PartitionSpec:
-    """Mesh axes of an array's logical axes (None: whole). kv_heads is how many a "kv_heads" axis holds."""
+    """Mesh axes of an array's logical axes (None: whole). kv_heads is how many a "kv_heads" axis holds.
+
+    Mesh axes of one device are left out: they cut nothing, and a row alone on its device is then like any other.
+    """
     few = kv_heads % mesh_sizes().get("tensor", 1) != 0
-    return PartitionSpec(*(None if axis is None or (axis == "kv_heads" and few) else RULES[axis] for axis in axes))
+    rules = [None if axis is None or (axis == "kv_heads" and few) else RULES[axis] for axis in axes]
+    return PartitionSpec(*(_cutting(_names(rule)) for rule in rules))
+
+
+def _cutting(names: tuple[str, ...]) -> str | tuple[str, ...] | None:
+    """An entry of a PartitionSpec: those of these mesh axes that have several devices."""
+    sizes = mesh_sizes()
+    several = tuple(name for name in names if sizes.get(name, 1) > 1)
+    return several[0] if len(several) == 1 else several or None
 
 
 def put(x: jax.Array, *axes: str | None, kv_heads: int = 1) -> jax.Array:
@@ -240,7 +251,7 @@ def lookup(table: jax.Array, tokens: jax.Array) -> jax.Array:
     """
     if not mesh_sizes():
         return table[tokens]
-    columns = ("fsdp", "tensor")
+    columns = _cutting(("fsdp", "tensor"))
     rows = jax.typeof(tokens).sharding.spec[0]
     tokens = gathered(tokens, "fsdp")
     table = jax.reshard(table, PartitionSpec(None, columns))

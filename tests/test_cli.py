@@ -274,7 +274,7 @@ def test_every_command_lists_its_flags(command, capsys):
     assert main([command, "--help"]) == 0
     out, error = capsys.readouterr()
     assert "--" in out and not error
-    assert ("--config" in out) == (command in ("quickstart", "pretrain", "collect", "distill", "benchmark"))
+    assert ("--config" in out) == (command in ("quickstart", "pretrain", "collect", "distill", "benchmark", "plan"))
 
 
 def test_lm_eval_parses_its_own_arguments(capsys):
