@@ -133,7 +133,8 @@ def runs(tmp_path_factory):
         tiny_folder().save(folder / "teacher")
         distill = SETTINGS["distill"] | {"steps": STEPS, "accumulate": 1, "optimizer": {"name": "adamw"}}
         write_config(
-            folder / "recipe.py", SETTINGS | {"mesh": {"data": 2, "fsdp": 2}, "distill": distill | {"ema_decay": 0.0}}
+            folder / "recipe.py",
+            SETTINGS | {"mesh": {"data": 2, "fsdp": 2, "tensor": 1}, "distill": distill | {"ema_decay": 0.0}},
         )
         found.append(Run(folder, processes, 4 // processes))
     return found
