@@ -1,5 +1,6 @@
 """Several processes as one program: who holds which rows, refusals, and the whole recipe on two real processes."""
 
+import dataclasses
 import json
 import os
 import re
@@ -15,12 +16,15 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 from test_model_folder import contents, tiny_folder
 from test_recipe import SETTINGS, write_config
 
-from cdlm_jax import distributed
+from cdlm_jax import distributed, tasks
 from cdlm_jax.config import InputError
 from cdlm_jax.model_folder import ModelFolder
+from cdlm_jax.models.transformer import Transformer
+from cdlm_jax.tokenizers import Tokenizer
 from cdlm_jax.trajectories.store import read
 
 ROOT = Path(__file__).parent.parent
@@ -131,11 +135,9 @@ def runs(tmp_path_factory):
     for name, processes in (("two", 2), ("one", 1)):
         folder = tmp_path_factory.mktemp(name)
         tiny_folder().save(folder / "teacher")
-        distill = SETTINGS["distill"] | {"steps": STEPS, "accumulate": 1, "optimizer": {"name": "adamw"}}
-        write_config(
-            folder / "recipe.py",
-            SETTINGS | {"mesh": {"data": 2, "fsdp": 2, "tensor": 1}, "distill": distill | {"ema_decay": 0.0}},
-        )
+        distill = {"steps": STEPS, "accumulate": 1, "optimizer": {"name": "adamw"}, "ema_decay": 0.0}
+        mesh = {"data": 2, "fsdp": 2, "tensor": 1}
+        write_config(folder / "recipe.py", SETTINGS | {"mesh": mesh, "distill": SETTINGS["distill"] | distill})
         found.append(Run(folder, processes, 4 // processes))
     return found
 
@@ -230,10 +232,17 @@ def test_an_error_of_one_process_ends_it(runs):
 @pytest.mark.slow
 def test_processes_with_the_same_rows(runs):
     """`tensor` crosses two processes of one device: both decode the same rows, and the first one writes them."""
-    folder = runs[0].folder
+    folder, plain = runs[0].folder, tiny_folder()
+    tokenizer = Tokenizer.characters(tasks.CHARACTERS, ("<eos>", "<mask>", "<unused>"))  # 52, which 2 divides
+    ids = {f"{name}_token_id": tokenizer.token_to_id(f"<{name}>") for name in ("eos", "mask")}
+    config = dataclasses.replace(
+        plain.model.config, vocab_size=tokenizer.vocab_size, pad_token_id=ids["eos_token_id"], **ids
+    )
+    ModelFolder(Transformer(config, rngs=nnx.Rngs(0)), tokenizer, plain.metadata).save(folder / "even")
     for work, devices, mesh in (("tensor", 1, "2"), ("rows", 2, "1")):
         sizes = ["--config.mesh.data=1", "--config.mesh.fsdp=-1", f"--config.mesh.tensor={mesh}"]
-        Run(folder, 2, devices)("collect", "--config=recipe.py", f"--config.work={work}", *sizes)
+        run = Run(folder, 2, devices)
+        run("collect", "--config=recipe.py", "--config.teacher=even", f"--config.work={work}", *sizes)
     for a, b in zip(*(read(folder / name / "trajectories") for name in ("tensor", "rows")), strict=True):
         np.testing.assert_array_equal(a["tokens"], b["tokens"])
         np.testing.assert_array_equal(a["order"], b["order"])
