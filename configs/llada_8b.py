@@ -38,6 +38,8 @@ def get_config() -> ConfigDict:
     config.dtype = "bfloat16"
     config.tasks = {}
     config.prompts = "data/prompts.jsonl"
+    config.stores = ()
+    config.store_weights = ()
     config.prompt_length = 512
     config.gen_length = 256
     config.block_size = 32
@@ -66,8 +68,11 @@ def get_config() -> ConfigDict:
         "batch_size": 64,
         "accumulate": 1,
         "checkpoint_every": 250,
+        "keep_checkpoints": 2,
+        "keep_every": 0,
         "evaluate_every": 0,
         "log_every": 10,
+        "mode": "plain",
         "teacher": "offline",
         "consistency_scope": "later_blocks",
         "weights": {"distill": 1.0, "consistency": 0.5, "dlm": 0.1},
