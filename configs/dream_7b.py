@@ -12,7 +12,7 @@ Two trajectories per prompt (temperatures 0 and 0.5), 16 epochs of 15,000 in upd
 rank, learning rate and schedule: those are this project's (docs/method.md).
 
 What `cdlm plan` says (docs/planning.md), for 64 rows: the mesh data x fsdp x tensor, peak GiB of one device, and the
-seconds, at least, of an update or of decoding a batch, with what bounds them; a dash was not planned yet.
+seconds, at least, of an update or of decoding a batch, with what bounds them.
 
     machine        distill                     collect                     generate
     v5e:4x4        1x16x1    7.2  1.45 compute 1x16x1    2.1  53.5 compute 4x1x4     4.6  2.14 compute

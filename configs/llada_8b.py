@@ -12,13 +12,13 @@ Two trajectories per prompt (temperatures 0 and 0.5), 16 epochs of 30,000 in upd
 rank, learning rate and schedule: those are this project's (docs/method.md).
 
 What `cdlm plan` says (docs/planning.md), for 64 rows: the mesh data x fsdp x tensor, peak GiB of one device, and the
-seconds, at least, of an update or of decoding a batch, with what bounds them; a dash was not planned yet.
+seconds, at least, of an update or of decoding a batch, with what bounds them.
 
     machine        distill                     collect                     generate
     v5e:4x4        1x16x1    7.4  1.58 compute 1x16x1    2.1  57.5 compute 4x1x4     6.8   2.3 compute
     v5p:4x4x4      1x64x1    3.2 0.169 compute 64x1x1   15.0  6.17 compute 64x1x1   15.7 0.693 memory
     v6e:4x4        1x16x1    7.2 0.575 memory  16x1x1   15.7  12.3 compute 16x1x1   18.0  1.19 memory
-    tpu7x:2x2x1    -                           8x1x1    30.8  40.4 memory  8x1x1    46.5  15.3 memory
+    tpu7x:2x2x1    1x8x1    14.7  1.11 memory  8x1x1    30.8  40.4 memory  8x1x1    46.5  15.3 memory
     h100:8         1x8x1    11.4 0.629 compute 8x1x1    15.9  22.9 compute 8x1x1    20.9  2.68 memory
 
 Memory of one device: v5e 15.75, v5p 95.7, v6e 31.25, tpu7x 94.75 (half a chip), H100 74.5 GiB. The default mesh is
