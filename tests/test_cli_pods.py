@@ -3,7 +3,6 @@
 import contextlib
 import io
 import json
-import os
 import shlex
 import shutil
 import subprocess
@@ -11,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from devices import environment
 from test_model_folder import contents, tiny_folder
 from test_recipe import SETTINGS, write_config
 
@@ -107,15 +107,9 @@ def _run(line: str) -> tuple[int, str, bool]:
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> dict:
     """Every case, run in one process that has four devices."""
-    env = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "PYTHONPATH": f"{TESTS.parent}:{TESTS}",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
-    }
     folder = tmp_path_factory.mktemp("pods")
     done = subprocess.run(
-        [sys.executable, __file__, "results.json"], cwd=folder, env=env, capture_output=True, text=True
+        [sys.executable, __file__, "results.json"], cwd=folder, env=environment(4), capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads((folder / "results.json").read_text())

@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from devices import environment, free_port
 from flax import nnx
 from test_model_folder import contents, tiny_folder
 from test_recipe import SETTINGS, write_config
@@ -96,17 +96,10 @@ class Run:
 
     def __init__(self, folder: Path, processes: int, devices: int):
         self.folder, self.processes = folder, processes
-        self.env = os.environ | {
-            "JAX_PLATFORMS": "cpu",
-            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-            "PYTHONPATH": str(ROOT),
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        }
+        self.env = environment(devices)
 
     def start(self, *arguments: str) -> list[subprocess.Popen]:
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         started = []
         for process in range(self.processes):
             cluster = [

@@ -1,26 +1,21 @@
 """Continued runs on several devices: on meshes of other shapes, and in a cluster that is preempted."""
 
 import json
-import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
+from devices import environment, free_port
 from resume_cases import STEPS
 
 TESTS = Path(__file__).parent
 
 
 def start(devices: int, *arguments) -> subprocess.Popen:
-    env = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "PYTHONPATH": str(TESTS.parent),
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-    }
     line = [sys.executable, TESTS / "resume_cases.py", *arguments]
-    return subprocess.Popen([*map(str, line)], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [*map(str, line)], env=environment(devices), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def finish(*processes: subprocess.Popen) -> list:
@@ -40,9 +35,7 @@ def test_a_run_continues_on_another_mesh(tmp_path):
 
 
 def test_a_cluster_stops_together_and_continues(tmp_path):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     found = finish(*(start(2, "cluster", tmp_path, port, process) for process in range(2)))
     for told in found:  # the second process had the signal in the second step; the next one carried the news
         assert told["preempted"] == "preempted at step 3, saved; run the same command to continue"

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import GOLDEN
+from devices import environment
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
@@ -170,13 +170,7 @@ def test_without_a_mesh_nothing_changes():
 
 
 def start(*arguments):
-    env = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "TF_CPP_MIN_LOG_LEVEL": "0",  # or XLA's notes are not written
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # compiling is most of the time
-        "PYTHONPATH": str(TESTS.parent),
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-    }
+    env = environment(8) | {"TF_CPP_MIN_LOG_LEVEL": "0"}  # or XLA's notes are not written
     return subprocess.Popen(
         [sys.executable, *map(str, arguments)], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

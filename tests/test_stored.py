@@ -1,7 +1,6 @@
 """Reading safetensors piece by piece: the right values, little memory, and only what a process's devices hold."""
 
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -11,6 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from conftest import GOLDEN
+from devices import environment
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
@@ -48,11 +48,7 @@ def test_tensors_are_compared_in_pieces(tmp_path, monkeypatch):
 
 
 def run(*arguments, devices: int) -> subprocess.Popen:
-    env = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "PYTHONPATH": str(Path(__file__).parent.parent),
-    }
+    env = environment(devices, optimized=True)
     return subprocess.Popen(
         [sys.executable, *map(str, arguments)], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
