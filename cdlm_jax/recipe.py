@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 import jax
+import optax
 from flax import nnx
 
 from cdlm_jax import tasks
@@ -139,7 +140,6 @@ def pretrain(recipe: Recipe, *, profile: bool = False) -> ModelFolder:
     if config is None or recipe.model is None or not recipe.tasks:
         raise InputError("pre-training needs config.tasks, config.model and config.pretrain")
     start = ModelFolder.load(recipe.init) if recipe.init else untrained(recipe)
-    start = dataclasses.replace(start, model=shard(start.model))
     if start.model.config.causal != (config.role == "autoregressive"):
         kind = "causal" if start.model.config.causal else "bidirectional"
         raise InputError(
@@ -170,7 +170,7 @@ def pretrain(recipe: Recipe, *, profile: bool = False) -> ModelFolder:
 
 
 def untrained(recipe: Recipe) -> ModelFolder:
-    """A character model of the recipe's shape with random weights."""
+    """A character model of the recipe's shape with random weights, on the current mesh."""
     tokenizer = Tokenizer.characters(tasks.CHARACTERS)
     eos = tokenizer.token_to_id("<eos>")
     if recipe.pretrain.role == "autoregressive":
@@ -185,9 +185,8 @@ def untrained(recipe: Recipe) -> ModelFolder:
         **kind,
         **dataclasses.asdict(recipe.model),
     )
-    return ModelFolder(
-        Transformer(config, rngs=nnx.Rngs(recipe.seed)), tokenizer, recipe.metadata(recipe.pretrain.role)
-    )
+    model = shard(Transformer(config, rngs=nnx.Rngs(recipe.seed)))
+    return ModelFolder(model, tokenizer, recipe.metadata(recipe.pretrain.role))
 
 
 def collect(recipe: Recipe) -> None:
@@ -234,12 +233,8 @@ def distill(recipe: Recipe, *, profile: bool = False) -> ModelFolder:
     dtypes = jax.tree.map(lambda x: x.dtype, teacher.model)
     del teacher  # of its memory, only what `frozen` shares is needed
     optimizer = make_optimizer(config.optimizer, config.steps)
-    loss_fn = distillation.make_loss(graphdef, config, recipe.block_size)
-    step = make_train_step(
-        loss_fn, optimizer, seed=recipe.seed + 2, accumulate=config.accumulate, ema_decay=config.ema_decay
-    )
     state = train(
-        step,
+        distill_step(recipe, graphdef, optimizer),
         TrainState.create(trainable, optimizer, ema=config.ema_decay > 0),
         frozen,
         trajectory_batches(stores, config.batch_size, recipe.seed, weights=recipe.store_weights),
@@ -256,6 +251,18 @@ def distill(recipe: Recipe, *, profile: bool = False) -> ModelFolder:
     folder = ModelFolder(student, encoder.tokenizer, recipe.metadata("student"))
     folder.save(recipe.folder / "student", replace=True)
     return folder
+
+
+def distill_step(recipe: Recipe, graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation) -> Callable:
+    """The train step of `distill`, jitted."""
+    config = recipe.distill
+    return make_train_step(
+        distillation.make_loss(graphdef, config, recipe.block_size),
+        optimizer,
+        seed=recipe.seed + 2,
+        accumulate=config.accumulate,
+        ema_decay=config.ema_decay,
+    )
 
 
 def _merged(graphdef: nnx.GraphDef, rest: nnx.State, state: TrainState) -> Transformer:

@@ -16,12 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.numpy import save_file
 
 from cdlm_jax import sharding
 from cdlm_jax.config import InputError, ModelConfig
-from cdlm_jax.distributed import fetch, is_main
+from cdlm_jax.distributed import fetch, is_main, progress_bar
 from cdlm_jax.models.hf_config import config_text, read_config, read_metadata
 from cdlm_jax.models.lora import merge
 from cdlm_jax.models.stored import INDEX, SINGLE, STORED_DTYPES, check_shapes, check_tied, open_folder, read_parameter
@@ -109,8 +108,7 @@ def load_model(folder: str | Path, *, dtype=None) -> Transformer:
         tensors: dict[str, list[str]] = {}
         for name, place in places.items():
             tensors.setdefault(place.parameter, []).append(name)
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        bar = stack.enter_context(Progress(*columns, transient=True, disable=not sys.stdout.isatty()))
+        bar = stack.enter_context(progress_bar(transient=True, disable=not sys.stdout.isatty()))
         task = bar.add_task(f"loading {folder.name}", total=len(places))
         leaves = [
             read_parameter(

@@ -17,12 +17,14 @@ from cdlm_jax.config import InputError, ModelConfig
 from cdlm_jax.decoding import cdlm
 from cdlm_jax.models.hf import abstract
 from cdlm_jax.models.transformer import Transformer
-from cdlm_jax.recipe import Recipe
+from cdlm_jax.recipe import Recipe, distill_step
 from cdlm_jax.training import distill as distillation
+from cdlm_jax.training.batches import FIELDS
 from cdlm_jax.training.flops import decode_flops, distill_flops
 from cdlm_jax.training.optimizer import make_optimizer
-from cdlm_jax.training.step import TrainState, make_train_step
+from cdlm_jax.training.step import TrainState
 from cdlm_jax.trajectories.collect import trajectories
+from cdlm_jax.trajectories.store import schema
 
 # Of the student, where the confidence threshold decides: CDLM's Dream finalizes 2.2 to 2.4 tokens.
 TOKENS_PER_FORWARD = 2.3
@@ -60,7 +62,7 @@ def teacher(recipe: Recipe) -> Transformer:
     )
 
 
-def by_rows(shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
+def row_array(shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
     sharding.check_rows(shape[0])
     return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(jax.sharding.get_mesh(), sharding.spec("rows")))
 
@@ -76,23 +78,10 @@ def _distill(recipe: Recipe, model: ModelConfig) -> Stage:
         return TrainState.create(trainable, optimizer, ema=config.ema_decay > 0), frozen
 
     state, frozen = jax.eval_shape(start, teacher(recipe))
-    step = make_train_step(
-        distillation.make_loss(graphdef, config, recipe.block_size),
-        optimizer,
-        seed=recipe.seed,
-        accumulate=config.accumulate,
-        ema_decay=config.ema_decay,
-    )
-    batch = {
-        "prompt": by_rows((rows, recipe.prompt_length), jnp.int32),
-        "prompt_length": by_rows((rows,), jnp.int32),
-        "tokens": by_rows((rows, length), jnp.int32),
-        "order": by_rows((rows, length), jnp.int32),
-        "hidden": by_rows((rows, length, model.hidden_size), jnp.bfloat16),
-        "answer": by_rows((rows, length), jnp.int32),
-    }
+    stored = schema(recipe.prompt_length, length, model.hidden_size)
+    batch = {name: row_array((rows, *stored[name][0]), stored[name][1]) for name in FIELDS}
     return Stage(
-        lower=partial(step.lower, state, frozen, batch),
+        lower=partial(distill_step(recipe, graphdef, optimizer).lower, state, frozen, batch),
         arguments={
             "parameters": (state.trainable, frozen),
             "optimizer": (state.step, state.opt_state, state.ema),
@@ -109,7 +98,7 @@ def _collect(recipe: Recipe, model: ModelConfig) -> Stage:
     decode = partial(trajectories, gen_length=length, block_size=block, temperature=max(recipe.collect.temperatures))
     arguments = {"parameters": teacher(recipe), "inputs": _prompts(recipe, rows)}
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
-    keys = by_rows(keys.shape, keys.dtype)
+    keys = row_array(keys.shape, keys.dtype)
     each = decode_flops(model, queries=recipe.row.length, keys=recipe.row.length, predicted=block)
     return Stage(
         lower=lambda: jax.jit(decode).lower(arguments["parameters"], *arguments["inputs"], keys=keys),
@@ -140,7 +129,7 @@ def _generate(recipe: Recipe, model: ModelConfig) -> Stage:
 
 
 def _prompts(recipe: Recipe, rows: int) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
-    return by_rows((rows, recipe.prompt_length), jnp.int32), by_rows((rows,), jnp.int32)
+    return row_array((rows, recipe.prompt_length), jnp.int32), row_array((rows,), jnp.int32)
 
 
 STAGES = {"distill": _distill, "collect": _collect, "generate": _generate}

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import grain
 import jax
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import TextColumn
 
 from cdlm_jax import preemption, sharding
 from cdlm_jax.config import InputError
-from cdlm_jax.distributed import Agreement, is_main
+from cdlm_jax.distributed import Agreement, progress_bar
 from cdlm_jax.preemption import Preempted
 from cdlm_jax.training.checkpoints import Checkpoints
 from cdlm_jax.training.metrics_log import MetricsLog
@@ -105,7 +105,7 @@ def train(
         log = stack.enter_context(contextlib.closing(MetricsLog(folder, start, ends_line, speed)))
         traced_to = config.steps if profile else start
         trace = stack.enter_context(contextlib.closing(Profile(folder / "profile", start, traced_to)))
-        progress = stack.enter_context(_progress())
+        progress = stack.enter_context(progress_bar(TextColumn("{task.fields[status]}")))
         bar = progress.add_task(label, total=config.steps, completed=start, status="")
         pending = None  # the metrics of the step before: read only after the next step is under way
         for step in range(start, config.steps):
@@ -135,12 +135,6 @@ def train(
             if stops:
                 raise Preempted(done)
     return state
-
-
-def _progress() -> Progress:
-    """One bar, shown by the first process of a cluster."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, TextColumn("{task.fields[status]}"), disable=not is_main())
 
 
 def _read(pending: tuple[int, dict, int], log: MetricsLog, checkpoints: Checkpoints) -> None:

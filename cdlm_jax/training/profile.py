@@ -6,6 +6,8 @@ from pathlib import Path
 
 import jax
 
+from cdlm_jax.distributed import is_main
+
 STEPS = 3
 WARM_UP = 2  # the first step is compiled, the second may still wait for it
 
@@ -16,7 +18,7 @@ class Profile:
     def __init__(self, folder: Path, start: int, end: int):
         first = start + min(WARM_UP, max(0, end - start - STEPS))
         self._folder = folder
-        self._steps = range(first, min(first + STEPS, end)) if jax.process_index() == 0 else range(0)
+        self._steps = range(first, min(first + STEPS, end)) if is_main() else range(0)
         self._running = False
 
     @contextlib.contextmanager

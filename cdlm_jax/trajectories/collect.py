@@ -9,13 +9,13 @@ from pathlib import Path
 import jax
 import ml_dtypes
 import numpy as np
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import TextColumn
 
 from cdlm_jax import preemption
 from cdlm_jax.config import InputError
 from cdlm_jax.data import Encoder, Problems
 from cdlm_jax.decoding import naive
-from cdlm_jax.distributed import Agreement, agreed, barrier, is_main, own_rows, row_group
+from cdlm_jax.distributed import Agreement, agreed, barrier, is_main, progress_bar, row_group
 from cdlm_jax.models.transformer import Transformer
 from cdlm_jax.sharding import check_rows, local_rows, place
 from cdlm_jax.trajectories.store import Metadata, Record, Store, bytes_per_shard
@@ -77,8 +77,9 @@ def collect(
     an interrupted collection ends with the same records as an uninterrupted one, whatever number of processes shares
     the work. Each group of processes (`distributed.row_group`) works on a shard of its own, which its first one writes.
     """
-    group, groups, writes = row_group()
     check_rows(config.batch_size)
+    group, groups, writes = row_group()
+    size = config.batch_size // groups  # rows of a group: those on the devices of each of its processes
     metadata = Metadata(
         model_fingerprint=model_fingerprint,
         tokenizer_fingerprint=encoder.tokenizer.fingerprint(),
@@ -104,12 +105,12 @@ def collect(
     store = Store(Path(folder), metadata)
     todo = np.isin(np.arange(metadata.num_shards), store.missing_shards())
     missing = np.flatnonzero(agreed(todo)).tolist()
-    decode = partial(_decode, model, encoder, problems, config, block_size)
+    decode = partial(_decode, model, encoder, problems, config.num_prompts, block_size, size)
     stops = Agreement()
     with _Display(store, missing) as display:
         for start in range(0, len(missing), groups):
             wave = missing[start : start + groups]
-            work = [_batches(metadata.records(shard), config, config.batch_size // groups) for shard in wave]
+            work = [_batches(metadata.records(shard), config, size) for shard in wave]
             found: list[Record] = []
             for number, temperature in enumerate(config.temperatures):
                 # All processes decode together, as often as the group with the most batches has to.
@@ -143,15 +144,16 @@ def _decode(
     model: Transformer,
     encoder: Encoder,
     problems: Problems,
-    config: CollectConfig,
+    num_prompts: int,
     block_size: int,
+    size: int,
     indices: list[int],
     temperature: float,
 ) -> list[Record]:
-    """This group's rows of one batch, all of one temperature; filled up to full size so that one program serves all."""
-    named = [problems[index % config.num_prompts] for index in indices]
+    """This group's rows of one batch, all of one temperature; filled up to `size` so that one program serves all."""
+    named = [problems[index % num_prompts] for index in indices]
     prompts, lengths = encoder.prompts([problem.prompt for _, problem in named])
-    rows = np.minimum(np.arange(len(own_rows(config.batch_size))), len(indices) - 1)
+    rows = np.minimum(np.arange(size), len(indices) - 1)
     prompt, prompt_length, index = place((prompts[rows], lengths[rows], np.asarray(indices, np.int32)[rows]))
     found = trajectories(
         model,
@@ -172,7 +174,7 @@ def _decode(
             "hidden": hidden[row].astype(ml_dtypes.bfloat16),
             "answer": encoder.answer(problem.answer),
             "temperature": np.float32(temperature),
-            "prompt_id": np.int64(index % config.num_prompts),
+            "prompt_id": np.int64(index % num_prompts),
             "task": np.int32(problems.names.index(name)),
         }
         for row, (index, (name, problem)) in enumerate(zip(indices, named, strict=True))
@@ -184,9 +186,7 @@ class _Display:
 
     def __init__(self, store: Store, missing: list[int]):
         metadata, left = store.metadata, sum(len(store.metadata.records(shard)) for shard in missing)
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        speed = TextColumn("{task.fields[speed]:,.0f} tokens/s")
-        self._progress = Progress(*columns, speed, disable=not is_main())
+        self._progress = progress_bar(TextColumn("{task.fields[speed]:,.0f} tokens/s"))
         self._bar = self._progress.add_task(
             "trajectories", total=metadata.num_records, completed=metadata.num_records - left, speed=0
         )

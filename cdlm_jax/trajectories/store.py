@@ -86,18 +86,23 @@ class Metadata:
 
     def schema(self) -> dict[str, tuple[tuple[int, ...], Any]]:
         """Shape and dtype of every field of a record."""
-        prompt, response = (self.prompt_length,), (self.gen_length,)
-        return {
-            "prompt": (prompt, np.int32),
-            "prompt_length": ((), np.int32),
-            "tokens": (response, np.int32),
-            "order": (response, np.int32),
-            "hidden": ((self.gen_length, self.hidden_size), ml_dtypes.bfloat16),
-            "answer": (response, np.int32),
-            "temperature": ((), np.float32),
-            "prompt_id": ((), np.int64),
-            "task": ((), np.int32),
-        }
+        return schema(self.prompt_length, self.gen_length, self.hidden_size)
+
+
+def schema(prompt_length: int, gen_length: int, hidden_size: int) -> dict[str, tuple[tuple[int, ...], Any]]:
+    """Shape and dtype of every field of a record of these sizes."""
+    prompt, response = (prompt_length,), (gen_length,)
+    return {
+        "prompt": (prompt, np.int32),
+        "prompt_length": ((), np.int32),
+        "tokens": (response, np.int32),
+        "order": (response, np.int32),
+        "hidden": ((gen_length, hidden_size), ml_dtypes.bfloat16),
+        "answer": (response, np.int32),
+        "temperature": ((), np.float32),
+        "prompt_id": ((), np.int64),
+        "task": ((), np.int32),
+    }
 
 
 def load_metadata(folder: str | os.PathLike) -> Metadata:
