@@ -13,7 +13,6 @@ from test_hf import DREAM_7B, LLADA_8B
 from cdlm_jax.config import InputError, ModelConfig
 from cdlm_jax.evaluation.harness import Score
 from cdlm_jax.evaluation.metrics import (
-    PEAKS,
     Measured,
     aup,
     decoding_work,
@@ -236,10 +235,3 @@ def test_batches_share_the_weights_and_small_values_are_cheaper():
         assert one[name].bytes < many[name].bytes < 16 * one[name].bytes
     wide = decoding_work(llada(LLADA_8B), context=768, block_size=32, itemsize=4)
     assert wide["naive"].intensity == one["naive"].intensity / 2
-
-
-def test_peaks_are_roofs():
-    a100 = PEAKS["A100 80GB"]
-    assert a100.ridge == pytest.approx(153, abs=0.1)
-    assert a100.attainable(a100.ridge / 4) == pytest.approx(0.25) and a100.attainable(1000) == 1
-    assert len({peak.kind for peak in PEAKS.values()}) == len(PEAKS)

@@ -14,7 +14,7 @@ from test_report import MANY, TEACHER, result
 
 from cdlm_jax.config import InputError
 from cdlm_jax.evaluation import plots
-from cdlm_jax.evaluation.metrics import PEAKS, decoding_work, overall, series_aup
+from cdlm_jax.evaluation.metrics import decoding_work, overall, series_aup
 
 
 def drawn(plot, *args, **kwargs) -> Figure:
@@ -238,7 +238,7 @@ def test_powers_of_two_have_room(least, most):
 
 def test_roofline_points_lie_on_the_roofs():
     figure = drawn(plots.plot_roofline, llada(LLADA_8B), "-")
-    axes, roofs = figure.axes[0], sorted(PEAKS.values(), key=lambda peak: peak.ridge)
+    axes, roofs = figure.axes[0], plots.ROOFS
     for line, peak in zip(axes.lines, roofs, strict=False):
         assert line.get_xydata()[1] == pytest.approx((peak.ridge, 100))
         x, y = line.get_xydata()[0]
@@ -251,9 +251,7 @@ def test_roofline_points_lie_on_the_roofs():
         x = line.get_xdata()[0]
         assert sorted(line.get_ydata()) == pytest.approx(sorted(100 * min(1, x / peak.ridge) for peak in roofs))
     assert legend_texts(figure)[:3] == ["naive: 440.1", "block of 32: 31.0", "autoregressive: 1.0"]
-    assert legend_texts(figure)[3:] == [
-        f"{name}: {PEAKS[name].ridge:.0f}" for name in sorted(PEAKS, key=lambda n: PEAKS[n].ridge)
-    ]
+    assert legend_texts(figure)[3:] == [f"{chip.name}: {chip.ridge:.0f}" for chip in roofs]
     assert [text.get_text() for text in axes.texts[-5:]] == ["1", "2", "4", "8", "16"]  # autoregressive: all have room
 
 

@@ -185,30 +185,3 @@ def decoding_work(
         name: forward_work(config, queries=count, context=context, rows=rows, itemsize=itemsize)
         for name, count in queries.items()
     }
-
-
-class Peak(NamedTuple):
-    """A device as its vendor describes it: dense bfloat16 FLOP/s, and memory bytes/s."""
-
-    flops: float
-    bandwidth: float
-    kind: str  # jax.Device.device_kind
-
-    @property
-    def ridge(self) -> float:
-        """FLOPs per byte from which on computing, not memory, is the limit."""
-        return self.flops / self.bandwidth
-
-    def attainable(self, intensity: float) -> float:
-        """The share of the peak FLOP/s that memory allows, 0..1."""
-        return min(1.0, intensity / self.ridge)
-
-
-# Data sheets of NVIDIA (SXM boards, without sparsity) and of Google Cloud.
-PEAKS = {
-    "A100 80GB": Peak(312e12, 2.039e12, "NVIDIA A100-SXM4-80GB"),
-    "H100": Peak(989.4e12, 3.35e12, "NVIDIA H100 80GB HBM3"),
-    "H200": Peak(989.4e12, 4.8e12, "NVIDIA H200"),
-    "TPU v5e": Peak(197e12, 0.819e12, "TPU v5 lite"),
-    "TPU v6e": Peak(918e12, 1.64e12, "TPU v6 lite"),
-}

@@ -15,8 +15,9 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from matplotlib.transforms import Bbox
 
+from cdlm_jax import chips
 from cdlm_jax.config import InputError, ModelConfig
-from cdlm_jax.evaluation.metrics import PEAKS, Measured, decoding_work, groups_of, overall, series_aup, series_points
+from cdlm_jax.evaluation.metrics import Measured, decoding_work, groups_of, overall, series_aup, series_points
 from cdlm_jax.evaluation.report import milliseconds
 
 INK, GREY, GRID = "#222222", "#767676", "#E6E6E6"
@@ -24,6 +25,8 @@ INK, GREY, GRID = "#222222", "#767676", "#E6E6E6"
 # 70 different pairs.
 COLORS = ("#D55E00", "#0072B2", "#117733", "#882255", "#807A00", "#332288", "#44AA99", "#56B4E9", "#EE3377", "#8C564B")
 MARKERS = ("o", "s", "D", "^", "v", "<", ">")
+ROOFS = [chip for chip in chips.CHIPS if chip.name in ("A100 80GB", "H100", "H200", "TPU v5e", "TPU v6e")]
+ROOFS.sort(key=lambda chip: chip.ridge)
 DASHES = ("solid", "dashed", "dashdot", "dotted", (0, (8, 3)))
 DIRECTIONS = ((1, 0), (0, 1), (0, -1), (-1, 0), (0.7, 0.7), (0.7, -0.7), (-0.7, 0.7), (-0.7, -0.7))  # best first
 DPI = 150
@@ -309,7 +312,7 @@ def plot_roofline(
 
     context: prompt and response; itemsize: bytes of a stored value (defaults: the paper's shapes, bfloat16).
     measured: name -> (FLOPs per byte, FLOP/s reached) on `device` (`jax.Device.device_kind`), drawn as stars where its
-    peak is known (`metrics.PEAKS`).
+    peak is known (`cdlm_jax.chips`).
     """
     ways: dict[str, list[float]] = {}
     for rows in BATCHES:
@@ -319,16 +322,16 @@ def plot_roofline(
     looks = _looks(ways)
     figure = _page(9.6, 5.6)
     axes = figure.add_subplot()
-    span = [x for intensities in ways.values() for x in intensities] + [peak.ridge for peak in PEAKS.values()]
+    span = [x for intensities in ways.values() for x in intensities] + [chip.ridge for chip in ROOFS]
     roofs = _draw_roofs(axes, min(span) / 1.7, max(span) * 1.7)
     for (name, intensities), side in zip(ways.items(), (1, -1, 1), strict=True):
         _draw_way(axes, intensities, looks[name], side)
-    peak = next((peak for peak in PEAKS.values() if peak.kind == device), None)
+    chip = chips.find(device)
     stars = "measured points: none"
-    if peak and measured:
+    if chip and measured:
         stars = f"stars: measured on {device}"
-        _draw_stars(axes, {name: (x, 100 * flops / peak.flops) for name, (x, flops) in measured.items()})
-    elif device and not peak:
+        _draw_stars(axes, {name: (x, 100 * flops / chip.flops) for name, (x, flops) in measured.items()})
+    elif device and not chip:
         stars += f", no peak is known here for the device {device!r}"
     _style(axes, "FLOPs per byte moved (log scale)", "attainable share of the peak FLOP/s (log scale)")
     _title(axes, f"What memory allows: {config.num_layers} layers of width {config.hidden_size}")
@@ -351,10 +354,10 @@ def _draw_roofs(axes: Axes, left: float, right: float) -> list[Line2D]:
     axes.yaxis.set_major_formatter("{x:g} %")
     axes.yaxis.set_minor_locator(NullLocator())
     roofs = []
-    for (name, peak), dashes in zip(sorted(PEAKS.items(), key=lambda item: item[1].ridge), DASHES, strict=True):
-        x = [left, peak.ridge, right]
-        style = {"label": f"{name}: {peak.ridge:.0f}", "color": GREY, "linewidth": 1.1, "linestyle": dashes}
-        roofs += axes.plot(x, [100 * peak.attainable(at) for at in x], zorder=2, **style)
+    for chip, dashes in zip(ROOFS, DASHES, strict=True):
+        x = [left, chip.ridge, right]
+        style = {"label": f"{chip.name}: {chip.ridge:.0f}", "color": GREY, "linewidth": 1.1, "linestyle": dashes}
+        roofs += axes.plot(x, [100 * chip.attainable(at) for at in x], zorder=2, **style)
     return roofs
 
 
@@ -369,7 +372,7 @@ def _draw_way(axes: Axes, intensities: Sequence[float], look: dict, side: int) -
     """A point on every roof for each batch size, which is written above (side 1) or below (-1) where there is room."""
     written = 0.0
     for rows, x in zip(BATCHES, intensities, strict=True):
-        reach = sorted(100 * peak.attainable(x) for peak in PEAKS.values())
+        reach = sorted(100 * chip.attainable(x) for chip in ROOFS)
         axes.plot([x] * len(reach), reach, markersize=5, linewidth=0.8, zorder=3, **look)
         if x > 1.2 * written:
             note = {"textcoords": "offset points", "ha": "center", "fontsize": 8, "color": look["color"]}
