@@ -50,8 +50,9 @@ def heuristic(q: jax.Array, k: jax.Array, paged: bool) -> Tiles:
         keys = min(keys, _up(slots, LANES))
     elif keys % slots:
         keys = math.gcd(keys, slots)
+    spare = 2 * BLOCK - keys * kv_heads * width * k.dtype.itemsize
+    fit = spare // (queries * heads * width * q.dtype.itemsize)
     # Two programs at least, since some chips have two cores.
-    fit = BLOCK // (queries * heads * width * q.dtype.itemsize)
     return Tiles(rows=max(1, min(fit, 8, math.ceil(rows / 2))), queries=queries, keys=keys)
 
 

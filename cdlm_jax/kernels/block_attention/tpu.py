@@ -94,10 +94,11 @@ def _kernel(*refs, walk: Walk, heads: int, scale: float, scaled: bool, with_lse:
     tile = walk.tile
     dtype = q_ref.dtype
     first_row = pl.program_id(0) * rows
+    piece, pieces = pl.program_id(1), pl.num_programs(1)  # of the queries
 
     def length(r):
         """Keys that any query of row r sees."""
-        return lengths[(first_row + r) * pl.num_programs(1) + pl.program_id(1)]
+        return lengths[(first_row + r) * pieces + piece]
 
     # ---- from HBM --------------------------------------------------------------------------------------------------
 
