@@ -1,7 +1,5 @@
 """The second gate of the TPU kernel: the chips' own compiler takes it (tests/test_block_attention.py is the first)."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import pytest

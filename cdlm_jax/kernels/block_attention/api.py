@@ -124,7 +124,7 @@ def _on_tpu(
         k_scale=k_scale,
         v_scale=v_scale,
         scale=q.shape[-1] ** -0.5 if scale is None else scale,
-        tiles=choose(_device().device_kind, q, k, page_table is not None),
+        tiles=choose(sharding.device().device_kind, q, k, page_table is not None),
         return_lse=return_lse,
     )
 
@@ -154,14 +154,9 @@ def _per_device(local, q, k, v, options, return_lse):
     )(q, k, v, options)
 
 
-def _device():
-    """The device that the program is for: of the current mesh, which may be of another machine, else of this one."""
-    return jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
-
-
 def _refusal(q, k, page_table, valid_start) -> str | None:
     """Why the TPU kernel cannot run here; None if it can."""
-    if (platform := _device().platform) != "tpu":
+    if (platform := sharding.device().platform) != "tpu":
         return f"the device is a {platform}"
     if valid_start is not None:
         return "it has no valid_start"
