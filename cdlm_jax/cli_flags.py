@@ -9,7 +9,7 @@ from ml_collections import config_flags
 
 def _config(name: str, variant: str = "full") -> Callable[[flags.FlagValues], None]:
     def define(values: flags.FlagValues) -> None:
-        path = f"{_config_path(name)}:{variant}"
+        path = f"{_config_path(name)}:{variant}".rstrip(":")
         config_flags.DEFINE_config_file("config", path, "Recipe to run.", flag_values=values)
 
     return define
@@ -18,6 +18,11 @@ def _config(name: str, variant: str = "full") -> Callable[[flags.FlagValues], No
 def stage(values: flags.FlagValues) -> None:
     _config("tiny.py")(values)
     _processes(values)
+
+
+def training(values: flags.FlagValues) -> None:
+    stage(values)
+    flags.DEFINE_bool("profile", False, "Write an XProf trace of 3 steps under the work folder.", flag_values=values)
 
 
 def _processes(values: flags.FlagValues) -> None:
@@ -102,6 +107,15 @@ def benchmark(values: flags.FlagValues) -> None:
     flags.DEFINE_list("task", None, "In place of config.tasks, comma-separated.", flag_values=values)
     flags.DEFINE_list("data", None, "In place of config.data: files of real problems.", flag_values=values)
     _code(values)
+
+
+def plan(values: flags.FlagValues) -> None:
+    _config("dream_7b.py", "")(values)
+    text = flags.DEFINE_string
+    text("topology", None, "A TPU slice or GPUs, such as v5e:4x4 or h100:8.", flag_values=values)
+    text("stage", "distill", "distill, collect or generate.", flag_values=values)
+    flags.DEFINE_bool("sweep", False, "Try other meshes and batches, rank those that fit.", flag_values=values)
+    text("output", None, "Write the figures here as JSON.", flag_values=values)
 
 
 def export(values: flags.FlagValues) -> None:

@@ -7,7 +7,7 @@ hold some rows of every batch: it reads, decodes and writes those. On one proces
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 from cdlm_jax import sharding
 from cdlm_jax.config import InputError
@@ -29,6 +29,7 @@ def initialize(coordinator: str | None = None, num_processes: int | None = None,
         raise InputError(f"--process_id must be in 0..{num_processes - 1}, got {process_id}")
     elif not coordinator.rpartition(":")[2].isdecimal():
         raise InputError(f"--coordinator must be host:port of process 0, got {coordinator!r}")
+    jax.config.update("jax_enable_preemption_service", False)  # SIGTERM is handled in `preemption.py`
     try:
         jax.distributed.initialize(coordinator, num_processes, process_id)
     except (ValueError, RuntimeError) as error:
@@ -49,6 +50,35 @@ def barrier(name: str) -> None:
 def agreed(values: np.ndarray) -> np.ndarray:
     """Process 0's values, in every process; all give arrays of one shape."""
     return np.asarray(multihost_utils.broadcast_one_to_all(values))
+
+
+class Agreement:
+    """Whether any process was told to stop: asked again and again by all of them, and always the same answer in all.
+
+    One process is answered with its own question. Several start a sum over the devices of the current mesh each time,
+    and read it the next time: a signal that reaches one of them stops all at the same place, and none waits.
+    """
+
+    def __init__(self):
+        self._asked: jax.Array | None = None
+
+    def __call__(self, told: bool) -> bool:
+        if jax.process_count() == 1:
+            return told
+        before, self._asked = self._asked, _count(told)
+        return before is not None and bool(before)
+
+
+def _count(told: bool) -> jax.Array:
+    """On how many devices it is so: int32 scalar, the same on each. Not waited for."""
+    mesh = jax.sharding.get_mesh()
+    places = np.full(mesh.local_mesh.size, told, np.int32)
+    return _sum(jax.make_array_from_process_local_data(NamedSharding(mesh, PartitionSpec(sharding.AXES)), places))
+
+
+@jax.jit
+def _sum(places: jax.Array) -> jax.Array:
+    return places.sum()
 
 
 # ---- rows ----------------------------------------------------------------------------------------------------------

@@ -19,11 +19,12 @@ from cdlm_jax.model_folder import ModelFolder
 from cdlm_jax.models.hf import fingerprint
 from cdlm_jax.models.lora import merge
 from cdlm_jax.models.transformer import Transformer
-from cdlm_jax.sharding import MeshConfig, shard
+from cdlm_jax.sharding import MeshConfig, check_rows, shard
 from cdlm_jax.tokenizers import Tokenizer
 from cdlm_jax.training import causal, denoising
 from cdlm_jax.training import distill as distillation
 from cdlm_jax.training.batches import trajectory_batches
+from cdlm_jax.training.flops import RowShape, distill_flops, pretrain_flops
 from cdlm_jax.training.loop import train
 from cdlm_jax.training.optimizer import make_optimizer
 from cdlm_jax.training.pretrain import PretrainConfig
@@ -32,7 +33,8 @@ from cdlm_jax.trajectories.collect import CollectConfig
 from cdlm_jax.trajectories.collect import collect as collect_trajectories
 from cdlm_jax.trajectories.store import read
 
-REPORTING = {"checkpoint_every", "evaluate_every", "log_every"}  # how often, which may change under way
+# What may change under way: when a run reports and saves, and how a batch is worked through.
+FREE = {"checkpoint_every", "keep_checkpoints", "keep_every", "evaluate_every", "log_every", "accumulate", "remat"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -97,18 +99,22 @@ class Recipe:
     def settings(self, *sections: str) -> dict:
         """What a checkpoint of a stage must agree on to be continued: the shared fields and the named sections.
 
-        How often a run reports or saves may change under way, and the mesh too.
+        The mesh may change under way, and what is in FREE.
         """
         names = ("seed", "tasks", "prompt_length", "gen_length", "block_size", *sections)
         values = dataclasses.asdict(self)
         for section in sections:
-            for name in REPORTING & values[section].keys():
+            for name in FREE & values[section].keys():
                 del values[section][name]
         return {name: values[name] for name in names}
 
     def mixture(self, split: str, length: int, *, stream: int) -> ProblemMixture:
         """Problems of the recipe's tasks; different streams of one recipe draw different problems."""
         return ProblemMixture(self.tasks, split, length, self.seed + stream)
+
+    @property
+    def row(self) -> RowShape:
+        return RowShape(prompt_length=self.prompt_length, gen_length=self.gen_length, block_size=self.block_size)
 
     def load_teacher(self) -> ModelFolder:
         """The teacher on the current mesh. InputError if it is not of the recipe's architecture."""
@@ -127,7 +133,7 @@ class Recipe:
         return {"role": role, "tasks": list(self.tasks)} | {name: getattr(self, name) for name in names}
 
 
-def pretrain(recipe: Recipe) -> ModelFolder:
+def pretrain(recipe: Recipe, *, profile: bool = False) -> ModelFolder:
     """Train a bidirectional teacher on the mixture, or a causal model: writes `work/teacher`, `work/autoregressive`."""
     config = recipe.pretrain
     if config is None or recipe.model is None or not recipe.tasks:
@@ -155,6 +161,8 @@ def pretrain(recipe: Recipe) -> ModelFolder:
         settings=settings,
         label=config.role,
         evaluate=_heldout(recipe, encoder, partial(_merged, graphdef, rest), config.role),
+        flops_per_step=pretrain_flops(start.model.config, config, recipe.row),
+        profile=profile,
     )
     trained = ModelFolder(_merged(graphdef, rest, state), start.tokenizer, recipe.metadata(config.role))
     trained.save(recipe.folder / config.role, replace=True)
@@ -205,9 +213,10 @@ def collect(recipe: Recipe) -> None:
     )
 
 
-def distill(recipe: Recipe) -> ModelFolder:
+def distill(recipe: Recipe, *, profile: bool = False) -> ModelFolder:
     """Train the block-causal student on the stores of trajectories; writes `work/student`, adapters merged."""
     config = recipe.distill
+    check_rows(config.batch_size // config.accumulate)
     teacher = recipe.load_teacher()
     encoder = teacher.encoder(recipe.prompt_length, recipe.gen_length)
     expected = {
@@ -222,6 +231,8 @@ def distill(recipe: Recipe) -> ModelFolder:
     made_from = [dataclasses.asdict(store.metadata) for store in stores]
     key = jax.random.fold_in(jax.random.key(recipe.seed), 1)
     graphdef, trainable, frozen = distillation.make_student(teacher.model, config, key)
+    dtypes = jax.tree.map(lambda x: x.dtype, teacher.model)
+    del teacher  # of its memory, only what `frozen` shares is needed
     optimizer = make_optimizer(config.optimizer, config.steps)
     loss_fn = distillation.make_loss(graphdef, config, recipe.block_size)
     step = make_train_step(
@@ -237,10 +248,12 @@ def distill(recipe: Recipe) -> ModelFolder:
         settings=recipe.settings("distill") | {"trajectories": made_from, "store_weights": list(recipe.store_weights)},
         label="student",
         evaluate=_heldout(recipe, encoder, partial(_merged, graphdef, frozen.student), "student"),
+        flops_per_step=distill_flops(encoder.model, config, recipe.row),
+        profile=profile,
     )
     student = merge(_merged(graphdef, frozen.student, state))
-    student = jax.tree.map(lambda x, like: x.astype(like.dtype), student, teacher.model)
-    folder = ModelFolder(student, teacher.tokenizer, recipe.metadata("student"))
+    student = jax.tree.map(lambda x, dtype: x.astype(dtype), student, dtypes)
+    folder = ModelFolder(student, encoder.tokenizer, recipe.metadata("student"))
     folder.save(recipe.folder / "student", replace=True)
     return folder
 

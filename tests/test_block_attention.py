@@ -26,6 +26,7 @@ from cdlm_jax.kernels.block_attention.cost import cost, keys_fetched
 from cdlm_jax.kernels.block_attention.tiles import Tiles, choose, heuristic, shape_name
 from cdlm_jax.models.cache import KVCache
 from cdlm_jax.sharding import MeshConfig
+from cdlm_jax.visibility import Span
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -298,6 +299,21 @@ def test_what_the_kernel_takes(head_dim, dtype, page_size, message):
     q, k = (jax.ShapeDtypeStruct((2, 16, 2, head_dim), dtype) for _ in range(2))
     reason = tpu.refusal(q, k, page_size)
     assert (reason is None) if message is None else re.match(message, reason)
+
+
+def test_a_second_range_is_seen_with_every_option():
+    """What only the plain call on XLA has, and what only the others have, agree where they meet."""
+    case = CASES["two tiles"]
+    call = make_call(case, 0, np.full((case.rows, case.queries), case.slots, np.int32))
+    q, k, v = call.q, *(call.finite[name][LAYER] for name in "kv")
+    row = jnp.arange(case.queries)[None]
+    arguments = {"visible_end": row + 3, "own": Span(row + 50, row + 60), "valid_start": jnp.arange(case.rows)}
+    with jax.set_mesh(sharding.make_mesh(MeshConfig(), jax.devices()[:1])):
+        q, k, v, arguments = jax.tree.map(jnp.array, (q, k, v, arguments))
+        plain, (whole, _) = (
+            jax.jit(functools.partial(block_attention, return_lse=each))(q, k, v, **arguments) for each in (False, True)
+        )
+    np.testing.assert_allclose(plain, whole, atol=2e-6)
 
 
 # ---- the cache -----------------------------------------------------------------------------------------------------

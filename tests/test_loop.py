@@ -1,8 +1,11 @@
 """The training loop and its checkpoints on a toy problem: exact continuation, refusals, non-finite stops, metrics."""
 
+import gzip
 import json
 import math
+import os
 import shutil
+import signal
 from collections import Counter
 from functools import cache, partial
 
@@ -16,9 +19,11 @@ from flax import nnx
 from cdlm_jax.config import InputError, ModelConfig
 from cdlm_jax.models import lora
 from cdlm_jax.models.transformer import Transformer
+from cdlm_jax.preemption import Preempted
 from cdlm_jax.training.checkpoints import Checkpoints
 from cdlm_jax.training.loop import LoopConfig, NonFiniteLoss, train
 from cdlm_jax.training.optimizer import OptimizerConfig, make_optimizer
+from cdlm_jax.training.profile import Profile
 from cdlm_jax.training.step import TrainState, make_train_step
 
 STEPS, EVERY = 10, 4
@@ -94,7 +99,8 @@ def lines(folder):
 def logged(folder):
     """step -> metrics, without times."""
     timed = lines(folder)
-    assert all(line.pop("seconds_per_step") > 0 and line.pop("tokens_per_second") > 0 for line in timed)
+    for line in timed:
+        assert line.pop("seconds_per_step") > line.pop("input_wait") >= 0 and line.pop("tokens_per_second") > 0
     return {line.pop("step"): line for line in timed}
 
 
@@ -256,6 +262,86 @@ def test_a_leftover_of_a_killed_run_is_never_read(tmp_path):
     assert_same_state(Checkpoints(tmp_path, SETTINGS).restore(start())[0], advanced(start(), 2))
 
 
+def test_chosen_checkpoints_are_kept(tmp_path):
+    run(tmp_path, checkpoint_every=2, keep_every=4, keep_checkpoints=1)
+    assert saved(tmp_path) == [4, 8, STEPS]
+    run(tmp_path / "other", checkpoint_every=2, keep_checkpoints=3)
+    assert saved(tmp_path / "other") == [6, 8, STEPS]
+
+
+def test_a_damaged_checkpoint_is_named(uninterrupted, tmp_path):
+    shutil.copytree(uninterrupted(True)[1], tmp_path / "run")
+    for path in (tmp_path / "run" / "checkpoints" / str(STEPS) / "state").rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[:10])
+    with pytest.raises(InputError, match=rf"checkpoints/{STEPS} cannot be read \(\w+\); if it is damaged, remove it"):
+        run(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / str(STEPS))
+    assert_same_state(run(tmp_path / "run"), uninterrupted(True)[0])
+
+
+# ---- profile -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("start_at", "steps", "traced"), [(0, 10, [2, 3, 4]), (3, 7, [4, 5, 6]), (8, 10, [8, 9])])
+def test_three_steps_are_traced(tmp_path, monkeypatch, start_at, steps, traced):
+    running, seen = [], []
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: running.append(folder))
+    monkeypatch.setattr(jax.profiler, "stop_trace", running.pop)
+    trace = Profile(tmp_path, start_at, steps)
+    for step in range(start_at, steps):
+        with trace.step(step):
+            seen += [step] * len(running)
+        trace.started(step, {})
+    assert seen == traced and not running
+
+
+def test_a_run_leaves_a_trace(tmp_path):
+    run(tmp_path / "plain", steps=3)
+    assert not (tmp_path / "plain" / "profile").exists()
+    train(
+        step_with(True),
+        start(),
+        None,
+        batches(),
+        LoopConfig(steps=6),
+        folder=tmp_path,
+        settings=SETTINGS,
+        label="toy",
+        flops_per_step=1e6,
+        profile=True,
+    )
+    (trace,) = (tmp_path / "profile").rglob("*.trace.json.gz")
+    events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+    assert [event["args"]["step_num"] for event in events if event.get("name") == "train"] == ["2", "3", "4"]
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+    assert all(line["model_flops_per_second"] > 0 for line in lines(tmp_path))
+
+
+# ---- preemption ----------------------------------------------------------------------------------------------------
+
+
+def told(at):
+    """SIGTERM comes while one step is started."""
+
+    def step(state, frozen, batch):
+        if int(state.step) == at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step_with(True)(state, frozen, batch)
+
+    return step
+
+
+@pytest.mark.parametrize(("at", "kept"), [(0, [1]), (4, [4, 5]), (EVERY - 1, [4]), (STEPS - 1, [8, 10])])
+def test_a_preempted_run_continues(uninterrupted, tmp_path, at, kept):
+    expected, folder = uninterrupted(True)
+    with pytest.raises(Preempted, match=f"^preempted at step {at + 1}, saved; run the same command to continue$"):
+        run(tmp_path, step=told(at))
+    assert saved(tmp_path) == kept
+    assert_same_state(run(tmp_path), expected)
+    assert logged(tmp_path) == logged(folder)
+
+
 # ---- losses that are not numbers -----------------------------------------------------------------------------------
 
 
@@ -340,6 +426,10 @@ def test_a_state_that_is_not_a_number_is_not_evaluated(tmp_path):
     ("changes", "message"),
     [
         ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"keep_checkpoints": 0}, "keep_checkpoints must be at least 1, got 0"),
+        ({"keep_every": -4}, "keep_every must not be negative, got -4"),
+        ({"keep_every": 4}, "keep_every 4 must be a multiple of checkpoint_every 0"),
+        ({"keep_every": 6, "checkpoint_every": 4}, "keep_every 6 must be a multiple of checkpoint_every 4"),
         ({"checkpoint_every": -1}, "checkpoint_every must not be negative, got -1"),
         ({"evaluate_every": -2}, "evaluate_every must not be negative, got -2"),
         ({"log_every": -3}, "log_every must not be negative, got -3"),

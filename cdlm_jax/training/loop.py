@@ -2,9 +2,8 @@
 
 import contextlib
 import dataclasses
-import json
+import functools
 import math
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,10 +11,15 @@ import grain
 import jax
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from cdlm_jax import preemption, sharding
 from cdlm_jax.config import InputError
-from cdlm_jax.sharding import place
+from cdlm_jax.distributed import Agreement, is_main
+from cdlm_jax.preemption import Preempted
 from cdlm_jax.training.checkpoints import Checkpoints
+from cdlm_jax.training.metrics_log import MetricsLog
+from cdlm_jax.training.profile import Profile
 from cdlm_jax.training.step import TrainState
+from cdlm_jax.training.throughput import Throughput
 
 
 class NonFiniteLoss(InputError):
@@ -24,19 +28,31 @@ class NonFiniteLoss(InputError):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoopConfig:
-    """`steps` updates. `*_every` counts steps; each also happens at the end, with 0 only there."""
+    """`steps` updates. `*_every` counts steps; each also happens at the end, with 0 only there.
+
+    keep_checkpoints: how many of the latest checkpoints are kept.
+    keep_every: also those at multiples of so many steps; 0 keeps no others.
+    """
 
     steps: int
     checkpoint_every: int = 0
+    keep_checkpoints: int = 2
+    keep_every: int = 0
     evaluate_every: int = 0
     log_every: int = 20
 
     def __post_init__(self):
         if self.steps < 1:
             raise InputError(f"steps must be at least 1, got {self.steps}")
-        for name in ("checkpoint_every", "evaluate_every", "log_every"):
+        if self.keep_checkpoints < 1:
+            raise InputError(f"keep_checkpoints must be at least 1, got {self.keep_checkpoints}")
+        for name in ("checkpoint_every", "keep_every", "evaluate_every", "log_every"):
             if getattr(self, name) < 0:
                 raise InputError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.keep_every and (not self.checkpoint_every or self.keep_every % self.checkpoint_every):
+            raise InputError(
+                f"keep_every {self.keep_every} must be a multiple of checkpoint_every {self.checkpoint_every}"
+            )
 
     def due(self, every: int, done: int) -> bool:
         """Whether something that happens `every` so many steps happens after step `done`."""
@@ -54,47 +70,81 @@ def train(
     settings: dict,
     label: str,
     evaluate: Callable[[TrainState], dict[str, float]] | None = None,
+    flops_per_step: float | None = None,
+    profile: bool = False,
 ) -> TrainState:
     """Runs until `config.steps`, continuing from the latest checkpoint under `folder` if there is one.
 
-    Metrics go to `folder/metrics.jsonl` (one JSON object per logged step, means over the steps since the last one; and
-    tokens_per_second, of responses) and to a progress bar. A continued run ends in the same state as an uninterrupted
-    one: the checkpoint holds the state and the data iterator's place, and a step's randomness depends on its number
-    only. Batches are dicts with an `answer` [rows, L].
+    Metrics go to `folder/metrics.jsonl` (one JSON object per logged step: means over the steps since the last one, and
+    the figures of `Throughput.read`, tokens being those of responses), to TensorBoard and to a progress bar. A
+    continued run ends in the same state as an uninterrupted one: the checkpoint holds the state and the data iterator's
+    place, and a step's randomness depends on its number only.
+
+    Args:
+      batches: dicts with an `answer` [rows, L]; of each batch this process's rows, as NumPy arrays.
+      evaluate: gives the held-out metrics of a state.
+      flops_per_step: model FLOPs (`training/flops.py`), for the accounting.
+      profile: write a trace of a few steps to `folder/profile`.
+
+    Raises:
+      NonFiniteLoss: the loss or another metric is not a number.
+      Preempted: SIGTERM came, here or to another process of the cluster; the state after the running step is saved.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with contextlib.closing(Checkpoints(folder / "checkpoints", settings)) as checkpoints:
+    keep = {"keep": config.keep_checkpoints, "keep_every": config.keep_every}
+    with contextlib.ExitStack() as stack:
+        notice = stack.enter_context(preemption.noticed())
+        checkpoints = stack.enter_context(contextlib.closing(Checkpoints(folder / "checkpoints", settings, **keep)))
         iterator = iter(batches)
         if (restored := checkpoints.restore(state)) is not None:
             state, iterator_state = restored
             iterator.set_state(iterator_state)
-        log = _MetricsLog(folder / "metrics.jsonl", config, int(state.step))
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        start = int(state.step)
+        speed, agreement = Throughput(flops_per_step), Agreement()
+        ends_line = functools.partial(config.due, config.log_every)
+        log = stack.enter_context(contextlib.closing(MetricsLog(folder, start, ends_line, speed)))
+        traced_to = config.steps if profile else start
+        trace = stack.enter_context(contextlib.closing(Profile(folder / "profile", start, traced_to)))
+        progress = stack.enter_context(_progress())
+        bar = progress.add_task(label, total=config.steps, completed=start, status="")
         pending = None  # the metrics of the step before: read only after the next step is under way
-        with Progress(*columns, TextColumn("{task.fields[status]}")) as progress:
-            bar = progress.add_task(label, total=config.steps, completed=int(state.step), status="")
-            for step in range(int(state.step), config.steps):
-                batch = place(next(iterator))
+        for step in range(start, config.steps):
+            with speed.waiting():
+                batch = next(iterator)
+            batch = sharding.place(batch)
+            with trace.step(step):
                 state, metrics = train_step(state, frozen, batch)
-                if pending is not None:
-                    _read(pending, log, checkpoints)
-                pending = (step, metrics, batch["answer"].size)
-                done = step + 1
-                saves = config.due(config.checkpoint_every, done)
-                evaluates = evaluate is not None and config.due(config.evaluate_every, done)
-                if saves or evaluates:
-                    # A state is used only once its own loss is known to be finite.
-                    _read(pending, log, checkpoints)
-                    pending = None
+            trace.started(step, metrics)
+            if pending is not None:
+                _read(pending, log, checkpoints)
+            pending = (step, metrics, batch["answer"].size)
+            done = step + 1
+            stops = agreement(notice.received)
+            saves = stops or config.due(config.checkpoint_every, done)
+            evaluates = evaluate is not None and config.due(config.evaluate_every, done)
+            if saves or evaluates:
+                # A state is used only once its own loss is known to be finite.
+                _read(pending, log, checkpoints)
+                pending = None
+            with speed.apart():
                 if evaluates:
                     log.write(done, {f"heldout/{name}": value for name, value in evaluate(state).items()})
                 if saves:
                     checkpoints.save(state, iterator.get_state())
-                progress.update(bar, completed=done, status=log.status)
+            progress.update(bar, completed=done, status=log.status)
+            if stops:
+                raise Preempted(done)
     return state
 
 
-def _read(pending: tuple[int, dict, int], log: "_MetricsLog", checkpoints: Checkpoints) -> None:
+def _progress() -> Progress:
+    """One bar, shown by the first process of a cluster."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, TextColumn("{task.fields[status]}"), disable=not is_main())
+
+
+def _read(pending: tuple[int, dict, int], log: MetricsLog, checkpoints: Checkpoints) -> None:
+    """Waits for a step's metrics, which are the same in all processes."""
     step, metrics, tokens = pending
     values = {name: float(value) for name, value in jax.device_get(metrics).items()}
     if not all(map(math.isfinite, values.values())):
@@ -103,46 +153,3 @@ def _read(pending: tuple[int, dict, int], log: "_MetricsLog", checkpoints: Check
         where = "there is no checkpoint yet" if good is None else f"the last good checkpoint is step {good}"
         raise NonFiniteLoss(f"step {step + 1}: {bad}; stopped, {where}")
     log.step(step + 1, values, tokens)
-
-
-class _MetricsLog:
-    """Averages metrics over `log_every` steps and writes them as JSON lines; `status` is the latest in a few words.
-
-    What an earlier run wrote after the checkpoint at step `start` is dropped: those steps are run again.
-    """
-
-    def __init__(self, path: Path, config: LoopConfig, start: int):
-        self._path, self._config = path, config
-        if path.exists():
-            lines = path.read_text().splitlines(keepends=True)
-            path.write_text("".join(line for line in lines if _before(line, start)))
-        self.status = ""
-        self._restart()
-
-    def _restart(self) -> None:
-        self._sums: dict[str, float] = {}
-        self._count, self._tokens, self._since = 0, 0, time.perf_counter()
-
-    def step(self, step: int, values: dict[str, float], tokens: int) -> None:
-        self._sums = {name: self._sums.get(name, 0.0) + value for name, value in values.items()}
-        self._count += 1
-        self._tokens += tokens
-        if self._config.due(self._config.log_every, step):
-            seconds = time.perf_counter() - self._since
-            means = {name: total / self._count for name, total in self._sums.items()}
-            speed = {"seconds_per_step": seconds / self._count, "tokens_per_second": self._tokens / seconds}
-            self.write(step, means | speed)
-            self.status = f"loss {means['loss']:.4f}"
-            self._restart()
-
-    def write(self, step: int, values: dict[str, float]) -> None:
-        with self._path.open("a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
-
-
-def _before(line: str, start: int) -> bool:
-    """Whether a line of metrics is whole and of a step up to `start`."""
-    try:
-        return json.loads(line)["step"] <= start
-    except ValueError:
-        return False

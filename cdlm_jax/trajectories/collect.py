@@ -11,12 +11,13 @@ import ml_dtypes
 import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from cdlm_jax import preemption
 from cdlm_jax.config import InputError
 from cdlm_jax.data import Encoder, Problems
 from cdlm_jax.decoding import naive
-from cdlm_jax.distributed import agreed, barrier, is_main, own_rows, row_group
+from cdlm_jax.distributed import Agreement, agreed, barrier, is_main, own_rows, row_group
 from cdlm_jax.models.transformer import Transformer
-from cdlm_jax.sharding import local_rows, place, row_pieces
+from cdlm_jax.sharding import check_rows, local_rows, place
 from cdlm_jax.trajectories.store import Metadata, Record, Store, bytes_per_shard
 
 
@@ -77,10 +78,7 @@ def collect(
     the work. Each group of processes (`distributed.row_group`) works on a shard of its own, which its first one writes.
     """
     group, groups, writes = row_group()
-    if config.batch_size % row_pieces():
-        raise InputError(
-            f"collect.batch_size {config.batch_size} must be a multiple of {row_pieces()}: the mesh's data * fsdp"
-        )
+    check_rows(config.batch_size)
     metadata = Metadata(
         model_fingerprint=model_fingerprint,
         tokenizer_fingerprint=encoder.tokenizer.fingerprint(),
@@ -107,6 +105,7 @@ def collect(
     todo = np.isin(np.arange(metadata.num_shards), store.missing_shards())
     missing = np.flatnonzero(agreed(todo)).tolist()
     decode = partial(_decode, model, encoder, problems, config, block_size)
+    stops = Agreement()
     with _Display(store, missing) as display:
         for start in range(0, len(missing), groups):
             wave = missing[start : start + groups]
@@ -118,6 +117,8 @@ def collect(
                 for turn in range(max(map(len, of_group))):
                     turns = [batches[turn] if turn < len(batches) else [] for batches in of_group]
                     own = turns[group] if group < len(wave) else []
+                    if stops(preemption.received()):
+                        raise preemption.Preempted
                     found += decode(own or next(filter(None, turns)), temperature)[: len(own)]
                     display.advance(sum(map(len, turns)))
             if writes and group < len(wave):

@@ -10,6 +10,7 @@ from cdlm_jax import sharding
 from cdlm_jax.config import InputError
 from cdlm_jax.kernels.block_attention import reference, tpu, xla
 from cdlm_jax.kernels.block_attention.tiles import choose
+from cdlm_jax.visibility import Span
 
 Implementation = Literal["tpu", "xla"]
 
@@ -21,6 +22,7 @@ def block_attention(
     *,
     visible_end: jax.Array,
     valid_start: jax.Array | None = None,
+    own: Span | None = None,
     layer: jax.Array | None = None,
     kv_length: jax.Array | None = None,
     page_table: jax.Array | None = None,
@@ -38,6 +40,7 @@ def block_attention(
         h // (heads / kv_heads). In q's dtype, or int8 with scales.
       visible_end: int32 [rows, Q], or [1, Q] where all rows have the same.
       valid_start: int32 [rows], the first visible key of each row (left padding).
+      own: a second range of visible keys of each query (packed training rows).
       layer: int32 scalar; k, v (and scales) then have a leading axis of layers, of which this one is used. A kernel
         reads it where it is, while `k[layer]` would copy it.
       kv_length: int32 [rows], the slots of each row that hold anything; S if None.
@@ -61,17 +64,20 @@ def block_attention(
     """
     _check(q, k, v, visible_end, layer, page_table, k_scale, v_scale, scale, implementation)
     if implementation is None:
-        implementation = "tpu" if _refusal(q, k, page_table, valid_start) is None else "xla"
-    elif implementation == "tpu" and (reason := _refusal(q, k, page_table, valid_start)):
+        implementation = "tpu" if _refusal(q, k, page_table, valid_start, own) is None else "xla"
+    elif implementation == "tpu" and (reason := _refusal(q, k, page_table, valid_start, own)):
         raise InputError(f"block_attention's implementation 'tpu' cannot run here: {reason}; allowed: 'xla'")
 
     plain = kv_length is page_table is k_scale is None and not return_lse
     if implementation == "xla" and plain:
-        return xla.block_attention(q, k, v, visible_end=visible_end, valid_start=valid_start, layer=layer, scale=scale)
+        return xla.block_attention(
+            q, k, v, visible_end=visible_end, valid_start=valid_start, own=own, layer=layer, scale=scale
+        )
 
     options = {
         "visible_end": jnp.broadcast_to(visible_end, q.shape[:2]),
         "valid_start": valid_start,
+        "own": own and jax.tree.map(lambda x: jnp.broadcast_to(x, q.shape[:2]), own),
         "layer": layer,
         "kv_length": kv_length,
         "page_table": page_table,
@@ -143,7 +149,9 @@ def _per_device(local, q, k, v, options, return_lse):
         "k_scale": PartitionSpec(*keys[:-3], keys[-2], None),
         "v_scale": PartitionSpec(*keys[:-3], keys[-2], None),
     }
-    in_specs = {name: specs.get(name, PartitionSpec(rows)) for name in options}
+    in_specs = {
+        name: jax.tree.map(lambda _, n=name: specs.get(n, PartitionSpec(rows)), options[name]) for name in options
+    }
     options = jax.tree.map(jax.reshard, options, in_specs)
     out = PartitionSpec(rows, None, heads, None)
     return jax.shard_map(
@@ -154,12 +162,12 @@ def _per_device(local, q, k, v, options, return_lse):
     )(q, k, v, options)
 
 
-def _refusal(q, k, page_table, valid_start) -> str | None:
+def _refusal(q, k, page_table, valid_start, own) -> str | None:
     """Why the TPU kernel cannot run here; None if it can."""
     if (platform := sharding.device().platform) != "tpu":
         return f"the device is a {platform}"
-    if valid_start is not None:
-        return "it has no valid_start"
+    if valid_start is not None or own is not None:
+        return "it has neither valid_start nor own"
     return tpu.refusal(q, k, None if page_table is None else k.shape[-3])
 
 

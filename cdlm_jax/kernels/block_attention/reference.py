@@ -5,7 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from cdlm_jax.visibility import dense_mask
+from cdlm_jax.visibility import Span, dense_mask
 
 
 def block_attention(
@@ -15,6 +15,7 @@ def block_attention(
     *,
     visible_end: jax.Array,
     valid_start: jax.Array | None = None,
+    own: Span | None = None,
     layer: jax.Array | None = None,
     kv_length: jax.Array | None = None,
     page_table: jax.Array | None = None,
@@ -29,8 +30,8 @@ def block_attention(
     k = dense(k, layer, page_table, k_scale, q.dtype)
     v = dense(v, layer, page_table, v_scale, q.dtype)
     k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
-    visible_end = limited(visible_end, kv_length)
-    mask = dense_mask(visible_end, k.shape[1], valid_start)  # [rows, Q, S]
+    mask = dense_mask(limited(visible_end, kv_length), k.shape[1], valid_start, own)  # [rows, Q, S]
+    v = jnp.where(mask.any(axis=1)[..., None, None], v, 0)  # what no query sees may be nan, and 0 * nan is nan
     mask = mask[:, None]  # [rows, 1, Q, S]
     scores = jnp.einsum("rqhd,rkhd->rhqk", q, k, preferred_element_type=jnp.float32)
     scores *= q.shape[-1] ** -0.5 if scale is None else scale
@@ -39,7 +40,7 @@ def block_attention(
     weights = jnp.where(mask, jnp.exp(scores - highest), 0)
     total = weights.sum(axis=-1, keepdims=True)
     probabilities = weights / jnp.where(total == 0, 1, total)
-    out = jnp.einsum("rhqk,rkhd->rqhd", probabilities.astype(v.dtype), seen(v, visible_end))
+    out = jnp.einsum("rhqk,rkhd->rqhd", probabilities.astype(v.dtype), v)
     return out.astype(q.dtype), (jnp.log(total) + highest)[..., 0].swapaxes(1, 2)
 
 
@@ -63,9 +64,3 @@ def dense_scale(scale: jax.Array, page_table: jax.Array) -> jax.Array:
 def limited(visible_end: jax.Array, kv_length: jax.Array | None) -> jax.Array:
     """visible_end [rows, Q], where no query of a row sees past its kv_length [rows]."""
     return visible_end if kv_length is None else jnp.minimum(visible_end, kv_length[:, None])
-
-
-def seen(v: jax.Array, visible_end: jax.Array) -> jax.Array:
-    """v [rows, S, ...] with 0 where no query of a row sees it, whatever was there: 0 * nan is nan."""
-    used = jnp.arange(v.shape[1]) < visible_end.max(axis=1, keepdims=True)
-    return jnp.where(used[..., None, None], v, 0)

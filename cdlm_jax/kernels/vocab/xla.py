@@ -17,6 +17,11 @@ import jax.numpy as jnp
 from cdlm_jax.kernels.vocab.reference import Confidence, logits
 from cdlm_jax.sharding import gathered, pieces, whole
 
+LANES = 128  # columns that a TPU keeps together
+
+# Statistics of no columns at all: what is not named here is 0. A maximum is finite, since it is subtracted.
+NOTHING = {"top": -1e30, "first": -jnp.inf, "second": -jnp.inf}
+
 # ---- walking over the vocabulary -----------------------------------------------------------------------------------
 
 
@@ -34,25 +39,25 @@ def over_columns(x, head):
 def sweep(step, carry, vocab, tile):
     """carry = step(carry, start, size) over all columns of a piece, left to right.
 
-    The first tile takes the remainder: a vocabulary of at most one tile compiles without a loop, and nothing is ever
-    merged with the statistics of no columns (-inf - -inf).
+    A vocabulary of at most one tile compiles without a loop. For a larger one, the tile becomes the largest multiple of
+    LANES that divides it, if there is one above half a tile: then a program holds the step once. Otherwise the first
+    tile takes the remainder.
     """
-    full = (vocab - 1) // tile
-    first = vocab - full * tile
-    carry = step(carry, 0, first)
-    if full == 0:
-        return carry
+    if vocab <= tile:
+        return step(carry, 0, vocab)
+    even = (size for size in range(tile - tile % LANES, tile // 2, -LANES) if vocab % size == 0)
+    tile = next(even, tile)
+    full, first = divmod(vocab, tile)
+    if first:
+        carry = step(carry, 0, first)
     return jax.lax.fori_loop(0, full, lambda i, carry: step(carry, first + i * tile, tile), carry)
 
 
 def merge_tiles(measure, merge, head, tile):
     """The statistics measure(start, size) of every tile, merged left to right, and then over the pieces."""
-
-    def step(carry, start, size):
-        new = measure(start, size)
-        return new if carry is None else merge(carry, new)
-
-    statistics = sweep(step, None, head.shape[-1], tile)
+    shapes = jax.eval_shape(partial(measure, 0, 1))
+    nothing = jax.tree.map_with_path(lambda path, x: jnp.full_like(x, NOTHING.get(path[-1].name, 0)), shapes)
+    statistics = sweep(lambda carry, *at: merge(carry, measure(*at)), nothing, head.shape[-1], tile)
     if head.ndim == 2:
         return statistics
     statistics = jax.tree.map(whole, statistics)
