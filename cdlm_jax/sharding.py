@@ -91,6 +91,12 @@ def mesh_sizes() -> dict[str, int]:
     return dict(mesh.shape)
 
 
+def device():
+    """A device that the program is for: of the current mesh, which may be another machine's, else of this one. Only its
+    `platform` and `device_kind` mean anything."""
+    return jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+
+
 def check_model(config: ModelConfig) -> None:
     """Refuse a model whose sizes the current mesh does not divide."""
     if not (mesh := mesh_sizes()):

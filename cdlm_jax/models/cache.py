@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from cdlm_jax import sharding
 from cdlm_jax.config import ModelConfig
+from cdlm_jax.kernels.block_attention.cache_write import sharded_cache_write, writes_in_place
 
 # Into [layers, rows, slots, ...] at (layer, slot) of each row. With rows as a batching dimension the write stays on the
 # device that holds the row, which `.at[layer, rows, slots]` leaves open.
@@ -42,6 +43,9 @@ class KVCache:
 
     def write(self, layer: jax.Array, k: jax.Array, v: jax.Array, slots: jax.Array) -> "KVCache":
         """Put k, v [rows, Q, kv_heads, head_dim] of one layer at slots [rows, Q]; slots out of range are dropped."""
+        if writes_in_place(self.k):
+            k, v = sharded_cache_write(self.k, self.v, k, v, layer=layer, slots=slots)
+            return dataclasses.replace(self, k=k, v=v)
         at = jnp.stack([jnp.full_like(slots, layer), slots], axis=-1)  # [rows, Q, 2]
         return dataclasses.replace(
             self,

@@ -164,7 +164,10 @@ class Transformer(nnx.Module):
         def step(x, layer):
             q, k, v = layer.project(x, angles)
             with jax.named_scope("attention"):
-                attended = block_attention(q, k, v, visible_end=visible_end, valid_start=valid_start, own=own)
+                # Training differentiates this, so it stays with the libraries.
+                attended = block_attention(
+                    q, k, v, visible_end=visible_end, valid_start=valid_start, own=own, implementation="xla"
+                )
             return layer.update(x, attended), None
 
         step = jax.checkpoint(step) if remat else step
@@ -199,7 +202,7 @@ class Transformer(nnx.Module):
             with jax.named_scope("cache_write"):
                 cache = cache.write(index, k, v, slots)
             with jax.named_scope("attention"):
-                attended = block_attention(q, cache.k[index], cache.v[index], visible_end=visible_end)
+                attended = block_attention(q, cache.k, cache.v, layer=index, visible_end=visible_end)
             return (layer.update(x, attended), cache), None
 
         layers = (self.layers, jnp.arange(self.config.num_layers))

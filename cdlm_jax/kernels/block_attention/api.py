@@ -1,0 +1,197 @@
+"""The public function: checks, the choice of an implementation, and the mesh."""
+
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from cdlm_jax import sharding
+from cdlm_jax.config import InputError
+from cdlm_jax.kernels.block_attention import reference, tpu, xla
+from cdlm_jax.kernels.block_attention.tiles import choose
+from cdlm_jax.visibility import Span
+
+Implementation = Literal["tpu", "xla"]
+
+
+def block_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    visible_end: jax.Array,
+    valid_start: jax.Array | None = None,
+    own: Span | None = None,
+    layer: jax.Array | None = None,
+    kv_length: jax.Array | None = None,
+    page_table: jax.Array | None = None,
+    k_scale: jax.Array | None = None,
+    v_scale: jax.Array | None = None,
+    scale: float | None = None,
+    implementation: Implementation | None = None,
+    return_lse: bool = False,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+    """Attention in which query i of a row sees the keys j < visible_end[row, i].
+
+    Args:
+      q: [rows, Q, heads, D].
+      k, v: [rows, S, kv_heads, D], or paged: [pages, page_size, kv_heads, D]. Query head h uses key head
+        h // (heads / kv_heads). In q's dtype, or int8 with scales.
+      visible_end: int32 [rows, Q], or [1, Q] where all rows have the same.
+      valid_start: int32 [rows], the first visible key of each row (left padding).
+      own: a second range of visible keys of each query (packed training rows).
+      layer: int32 scalar; k, v (and scales) then have a leading axis of layers, of which this one is used. A kernel
+        reads it where it is, while `k[layer]` would copy it.
+      kv_length: int32 [rows], the slots of each row that hold anything; S if None.
+      page_table: int32 [rows, max_pages]: slot j is slot j % page_size of page page_table[row, j // page_size]. Entries
+        past a row's last visible key may hold anything.
+      k_scale, v_scale: float32 [rows, kv_heads, S], or paged [pages, kv_heads, page_size]: what int8 k and v are
+        multiplied by.
+      scale: what scores are multiplied by, positive; 1 / sqrt(D) if None.
+      implementation: "tpu" (Pallas, no gradient) or "xla"; None is the kernel where there is a TPU and it takes these
+        arguments, else "xla".
+      return_lse: also return each query's log-sum-exp of scaled scores, by which results over parts of the keys merge.
+
+    Returns:
+      out [rows, Q, heads, D] in q's dtype; with return_lse, (out, float32 [rows, Q, heads]). Softmax and sums are in
+      float32. Of a query that sees no key, out is finite and without meaning (0 if return_lse), lse is -inf. Slots that
+      no query of the row sees are not read by the kernel; on the plain XLA path (no option that concerns keys) they
+      must be finite.
+
+    Raises:
+      InputError: shapes that do not fit, or an implementation that cannot run here, with the reason.
+    """
+    _check(q, k, v, visible_end, layer, page_table, k_scale, v_scale, scale, implementation)
+    if implementation is None:
+        implementation = "tpu" if _refusal(q, k, page_table, valid_start, own) is None else "xla"
+    elif implementation == "tpu" and (reason := _refusal(q, k, page_table, valid_start, own)):
+        raise InputError(f"block_attention's implementation 'tpu' cannot run here: {reason}; allowed: 'xla'")
+
+    plain = kv_length is page_table is k_scale is None and not return_lse
+    if implementation == "xla" and plain:
+        return xla.block_attention(
+            q, k, v, visible_end=visible_end, valid_start=valid_start, own=own, layer=layer, scale=scale
+        )
+
+    options = {
+        "visible_end": jnp.broadcast_to(visible_end, q.shape[:2]),
+        "valid_start": valid_start,
+        "own": own and jax.tree.map(lambda x: jnp.broadcast_to(x, q.shape[:2]), own),
+        "layer": layer,
+        "kv_length": kv_length,
+        "page_table": page_table,
+        "k_scale": k_scale,
+        "v_scale": v_scale,
+    }
+    options = {name: value for name, value in options.items() if value is not None}
+
+    def local(q, k, v, options):
+        if implementation == "xla":
+            result = reference.block_attention(q, k, v, scale=scale, **options)
+            return result if return_lse else result[0]
+        return _on_tpu(q, k, v, **options, scale=scale, return_lse=return_lse)
+
+    if not sharding.mesh_sizes():
+        return local(q, k, v, options)
+    k, v = xla.like_queries(k, q), xla.like_queries(v, q)
+    return _per_device(local, q, k, v, options, return_lse)
+
+
+def _on_tpu(
+    q,
+    k,
+    v,
+    *,
+    visible_end,
+    layer=None,
+    kv_length=None,
+    page_table=None,
+    k_scale=None,
+    v_scale=None,
+    scale,
+    return_lse,
+):
+    """Completes the arguments of the kernel."""
+    if layer is None:
+        k, v = k[None], v[None]
+    elif k_scale is not None:
+        k_scale, v_scale = k_scale[layer], v_scale[layer]
+    if page_table is not None and k_scale is not None:
+        k_scale, v_scale = (reference.dense_scale(each, page_table) for each in (k_scale, v_scale))
+    slots = k.shape[2] if page_table is None else k.shape[2] * page_table.shape[1]
+    return tpu.block_attention(
+        q,
+        k,
+        v,
+        visible_end=jnp.clip(reference.limited(visible_end, kv_length), 0, slots),
+        layer=jnp.zeros((), jnp.int32) if layer is None else layer,
+        page_table=page_table,
+        k_scale=k_scale,
+        v_scale=v_scale,
+        scale=q.shape[-1] ** -0.5 if scale is None else scale,
+        tiles=choose(sharding.device().device_kind, q, k, page_table is not None),
+        return_lse=return_lse,
+    )
+
+
+def _per_device(local, q, k, v, options, return_lse):
+    """Every device runs its rows and heads on its own: nothing is exchanged.
+
+    Pages are whole on every device, but for the key heads; page tables are split by rows.
+    """
+    of_q, of_k = jax.typeof(q).sharding.spec, jax.typeof(k).sharding.spec
+    rows, heads = of_q[0], of_q[2]
+    stack = (None,) * (k.ndim - 4)
+    keys = PartitionSpec(*stack, None if "page_table" in options else rows, None, of_k[-2], None)
+    specs = {
+        "layer": PartitionSpec(),
+        "k_scale": PartitionSpec(*keys[:-3], keys[-2], None),
+        "v_scale": PartitionSpec(*keys[:-3], keys[-2], None),
+    }
+    in_specs = {
+        name: jax.tree.map(lambda _, n=name: specs.get(n, PartitionSpec(rows)), options[name]) for name in options
+    }
+    options = jax.tree.map(jax.reshard, options, in_specs)
+    out = PartitionSpec(rows, None, heads, None)
+    return jax.shard_map(
+        local,
+        in_specs=(out, keys, keys, in_specs),
+        out_specs=(out, PartitionSpec(*out[:-1])) if return_lse else out,
+        check_vma=False,  # a Pallas call does not say over which axes its result varies
+    )(q, k, v, options)
+
+
+def _refusal(q, k, page_table, valid_start, own) -> str | None:
+    """Why the TPU kernel cannot run here; None if it can."""
+    if (platform := sharding.device().platform) != "tpu":
+        return f"the device is a {platform}"
+    if valid_start is not None or own is not None:
+        return "it has neither valid_start nor own"
+    return tpu.refusal(q, k, None if page_table is None else k.shape[-3])
+
+
+def _check(q, k, v, visible_end, layer, page_table, k_scale, v_scale, scale, implementation):
+    if implementation is not None and implementation not in get_args(Implementation):
+        raise InputError(f"unknown implementation {implementation!r} of block_attention, allowed: 'tpu', 'xla'")
+    shape = k.shape if layer is None else k.shape[1:]
+    if q.ndim != 4 or len(shape) != 4 or k.shape != v.shape:
+        stack = "" if layer is None else "layers, "
+        raise InputError(
+            f"q must be [rows, Q, heads, D] and k, v [{stack}rows, S, kv_heads, D], got {q.shape}, {k.shape}, {v.shape}"
+        )
+    if q.shape[2] % shape[2] or q.shape[3] != shape[3] or (page_table is None and q.shape[0] != shape[0]):
+        raise InputError(f"q {q.shape} and k {k.shape} must agree in rows and D, with kv_heads a divisor of heads")
+    if visible_end.shape not in (q.shape[:2], (1, q.shape[1])):
+        raise InputError(f"visible_end must be [rows, Q] = {q.shape[:2]} (or one row for all), got {visible_end.shape}")
+    if page_table is not None and (page_table.ndim != 2 or page_table.shape[0] != q.shape[0]):
+        raise InputError(f"page_table must be [rows, max_pages] of {q.shape[0]} rows, got {page_table.shape}")
+    scales = [each for each in (k_scale, v_scale) if each is not None]
+    expected = (*k.shape[:-3], k.shape[-2], k.shape[-3])
+    if len(scales) != (2 if k.dtype == jnp.int8 else 0) or any(each.shape != expected for each in scales):
+        got = [each if each is None else each.shape for each in (k_scale, v_scale)]
+        raise InputError(f"int8 k and v, and no others, need k_scale and v_scale {expected}; k is {k.dtype}, got {got}")
+    if not scales and not k.dtype == v.dtype == q.dtype:
+        raise InputError(f"k and v must have q's dtype {q.dtype} or be int8, got {k.dtype}, {v.dtype}")
+    if scale is not None and scale <= 0:
+        raise InputError(f"scale must be positive, got {scale}")

@@ -1,0 +1,92 @@
+"""The student's whole decoder at the published models' sizes, with the kernel inside, compiled for TPUs."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from aot.chips import compiled, mesh
+
+from cdlm_jax import sharding
+from cdlm_jax.config import ModelConfig
+from cdlm_jax.decoding import cdlm
+from cdlm_jax.models.hf import abstract
+from cdlm_jax.sharding import MeshConfig
+
+# Sizes of Dream-7B and LLaDA-8B as their config.json files give them.
+DREAM = ModelConfig(
+    family="dream",
+    vocab_size=152064,
+    hidden_size=3584,
+    num_layers=28,
+    num_heads=28,
+    num_kv_heads=4,
+    mlp_size=18944,
+    rope_theta=1e6,
+    norm_eps=1e-6,
+    qkv_bias=True,
+    logit_alignment="shifted",
+    mask_token_id=151666,
+    eos_token_id=151643,
+    pad_token_id=151643,
+    max_length=131072,
+)
+LLADA = ModelConfig(
+    family="llada",
+    vocab_size=126464,
+    hidden_size=4096,
+    num_layers=32,
+    num_heads=32,
+    num_kv_heads=32,
+    mlp_size=12288,
+    rope_theta=5e5,
+    norm_eps=1e-5,
+    mask_token_id=126336,
+    eos_token_id=126081,
+    pad_token_id=126081,
+    max_length=4096,
+)
+ROWS, PROMPT, LENGTH, BLOCK = 8, 768, 256, 32
+
+
+def decoder(model: ModelConfig, **options):
+    """`cdlm.generate` in bfloat16, compiled for the current mesh."""
+    weights = abstract(model, jnp.bfloat16)
+    placed = [
+        jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+        for x, place in zip(jax.tree.leaves(weights), sharding.parameter_shardings(weights), strict=True)
+    ]
+    weights = jax.tree.unflatten(jax.tree.structure(weights), placed)
+    rows = jax.NamedSharding(jax.sharding.get_mesh(), sharding.spec("rows"))
+    prompts = jax.ShapeDtypeStruct((ROWS, PROMPT), jnp.int32, sharding=rows)
+    lengths = jax.ShapeDtypeStruct((ROWS,), jnp.int32, sharding=rows)
+    config = cdlm.Config(gen_length=LENGTH, block_size=BLOCK, **options)
+    return compiled(lambda *inputs: cdlm.generate(*inputs, config), weights, prompts, lengths)
+
+
+def kernels(text: str) -> list[str]:
+    """Names of the kernels that a compiled program calls."""
+    return sorted(re.findall(r"%(block_attention|cache_write)[\w.]* = .* custom-call\(", text))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", ["v5e", "v6e"])
+@pytest.mark.parametrize(("model", "tensor"), [(DREAM, 2), (LLADA, 4)], ids=["Dream", "LLaDA"])
+def test_the_decoder_compiles_with_the_kernels_inside(chip, model, tensor):
+    with jax.set_mesh(mesh(chip, MeshConfig(fsdp=4 // tensor, tensor=tensor))):
+        text = decoder(model).as_text()
+    forwards = 3  # prefill, refine, commit_and_refine
+    assert kernels(text) == ["block_attention"] * forwards + ["cache_write"] * forwards
+
+
+@pytest.mark.slow
+def test_the_cache_stays_where_it_is():
+    """Neither is a layer cut out of the cache, nor the whole of it copied, in front of a kernel (separate commits)."""
+    sizes = {"hidden_size": 512, "num_layers": 6, "num_heads": 4, "num_kv_heads": 4, "mlp_size": 512}
+    ids = {"vocab_size": 1024, "mask_token_id": 5, "eos_token_id": 6, "pad_token_id": 6}
+    with jax.set_mesh(mesh("v5e")):
+        text = decoder(dataclasses.replace(LLADA, **sizes, **ids), merge_commit=False).as_text()
+    assert kernels(text) == ["block_attention"] * 2 + ["cache_write"] * 2
+    assert f"bf16[6,{ROWS},{PROMPT + LENGTH},4,128]" in text
+    assert not re.findall(rf"= bf16\[(?:6|1),{ROWS},{PROMPT + LENGTH},\S* (?:copy|dynamic-slice)\(", text)
