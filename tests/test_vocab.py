@@ -110,8 +110,8 @@ def test_forbidden_is_never_the_answer_but_keeps_its_probability(shape, tile, wh
     hidden, _, head, *_ = inputs(**shape)
     top = int(reference.confidence(hidden, head).token[0])
     forbidden = {"first": 0, "last": shape["vocab"] - 1, "any": shape["seed"] % shape["vocab"], "top": top}[which]
-    got = jax.jit(partial(confidence, tile=tile, forbidden=forbidden))(hidden, head)
-    plain = reference.confidence(hidden, head, forbidden)
+    got = jax.jit(partial(confidence, tile=tile, forbidden=(forbidden,)))(hidden, head)
+    plain = reference.confidence(hidden, head, (forbidden,))
     assert got.token.dtype == jnp.int32 and not (got.token == forbidden).any()
     np.testing.assert_array_equal(got.token, plain.token)
     for a, b in zip(got[1:], plain[1:], strict=True):
@@ -126,7 +126,7 @@ def test_a_forbidden_id_far_above_all_others(tile, forbidden):
     """In the first tile (one column wide at tile 3), a middle one, and the last; ties of the others stay in order."""
     z = np.array([[1, 2, 3, 3, 0, 3, 1, 2, 3, 1], [0] * 10], np.float32)
     z[:, forbidden] = 60
-    got = confidence(z, np.eye(10, dtype=np.float32), tile=tile, forbidden=forbidden)
+    got = confidence(z, np.eye(10, dtype=np.float32), tile=tile, forbidden=(forbidden,))
     np.testing.assert_array_equal(got.token, [2, 1 if forbidden == 0 else 0])
     np.testing.assert_array_equal(got.margin, [0, 0])
     np.testing.assert_allclose(got.probability, np.exp([3.0 - 60, 0.0 - 60]), rtol=1e-5)
@@ -307,7 +307,7 @@ def run(teacher, student, head, targets, weights):
     def loss(student, head):
         kl = linear_kl(teacher, student, head, weights, tile=16)
         return kl + linear_nll(student, head, targets, weights, tile=16)
-    return jax.value_and_grad(loss, (0, 1))(student, head), confidence(student, head, tile=16, forbidden=20)
+    return jax.value_and_grad(loss, (0, 1))(student, head), confidence(student, head, tile=16, forbidden=(20,))
 
 expected = run(teacher, student, head, targets, weights)
 mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
