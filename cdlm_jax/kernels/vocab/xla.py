@@ -1,9 +1,9 @@
 """Streams the vocabulary in tiles of head columns, and long batches in chunks of rows: only [chunk, tile] logits ever
 exist, forward and backward.
 
-Inside, every array of rows is [G, m, k]: G groups of rows, one per device that holds other rows than the rest, each of
-which goes through its m in chunks. On a mesh that cuts the head's columns into P pieces, each device streams its own:
-arrays have one more axis, P before the tile's, and what the pieces say is merged at the end. A tile's `fsdp` pieces are
+Inside, every array of rows is [m, k]; on a mesh that cuts the rows into G groups [G, m, k], and each device goes
+through the m of its own group in chunks. On a mesh that cuts the head's columns into P pieces, each device streams its
+own: arrays have one more axis, P before the tile's, and what the pieces say is merged at the end. A tile's `fsdp`
 gathered when its turn comes.
 """
 
@@ -25,32 +25,36 @@ CHUNK = 2048  # rows of a device whose logits exist together
 
 
 def in_groups(rows: Rows) -> Rows:
-    """[..., k] -> [G, m, k]; groups are consecutive along the first axis."""
+    """[..., k] -> [m, k] or [G, m, k]; groups are consecutive along the first axis."""
     lead = rows.hidden[0].shape[:-1]
     groups = pieces(rows.hidden[0], 0) if lead else 1
-
-    def group(x):
-        if groups > 1:
-            x = x.reshape(groups, lead[0] // groups, *x.shape[1:])
-        return x.reshape(groups, -1, x.shape[-1])
-
-    return jax.tree.map(group, rows)
+    if groups == 1:
+        return jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), rows)
+    cut = jax.tree.map(lambda x: x.reshape(groups, lead[0] // groups, *x.shape[1:]), rows)
+    return jax.tree.map(lambda x: x.reshape(groups, -1, x.shape[-1]), cut)
 
 
 def out_of_groups(x, like):
-    """[G, m, k] -> [..., k], k its own, the rest as in `like`."""
+    """in_groups in reverse: [..., k], k its own, the rest as in `like`."""
     lead = like.shape[:-1]
-    if x.shape[0] > 1:
+    if x.ndim == 3:
         x = x.reshape(x.shape[0], lead[0] // x.shape[0], *lead[1:], x.shape[-1])
     return x.reshape(*lead, x.shape[-1])
 
 
-def take(rows, start, size):
-    return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, size, axis=1), rows)
+class Chunks:
+    """A device's rows in chunks, which are cut along the axis of m."""
 
+    def __init__(self, rows: Rows):
+        self.axis = rows.hidden[0].ndim - 2
+        self.count = rows.hidden[0].shape[self.axis]
 
-def put(rows, new, start):
-    return jax.tree.map(lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, new, start, axis=1), rows, new)
+    def take(self, tree, start, size):
+        return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, size, self.axis), tree)
+
+    def put(self, tree, new, start):
+        update = jax.lax.dynamic_update_slice_in_dim
+        return jax.tree.map(lambda x, new: update(x, new, start, self.axis), tree, new)
 
 
 # ---- columns -------------------------------------------------------------------------------------------------------
@@ -77,13 +81,13 @@ def tokens(head, start, size):
 
 
 def tile_logits(rows, weights, ids):
-    """float32 [G, m, size] or [G, m, P, size], of every head."""
+    """float32 [..., m, size] or [..., m, P, size], of every head."""
     every = (logits(hidden, w) for hidden, w in zip(rows.hidden, weights, strict=True))
     return tuple(z.reshape(*z.shape[:-1], *ids.shape) for z in every)
 
 
 def over_columns(tree, ids):
-    """Arrays [G, m, 1], or [G, m, 1, 1], to meet a tile's logits."""
+    """Arrays [..., m, 1], or [..., m, 1, 1], to meet a tile's logits."""
     return tree if ids.ndim == 1 else jax.tree.map(lambda x: x[..., None], tree)
 
 
@@ -112,6 +116,7 @@ def statistics(measure, merge, rows: Rows, heads, tile: int):
     over the pieces."""
     like = rows.hidden[0]
     rows, heads = in_groups(rows), in_pieces(heads)
+    chunks = Chunks(rows)
 
     def measure_rows(rows, weights, ids):
         rows = rows.used()
@@ -124,12 +129,12 @@ def statistics(measure, merge, rows: Rows, heads, tile: int):
         weights, ids = at(start, size)
 
         def of_chunk(carry, first, count):
-            new = measure_rows(take(rows, first, count), weights, ids)
-            return put(carry, merge(take(carry, first, count), new), first)
+            new = measure_rows(chunks.take(rows, first, count), weights, ids)
+            return chunks.put(carry, merge(chunks.take(carry, first, count), new), first)
 
-        return sweep(of_chunk, carry, rows.hidden[0].shape[1], CHUNK)
+        return sweep(of_chunk, carry, chunks.count, CHUNK)
 
-    if heads[0].shape[-1] <= tile and rows.hidden[0].shape[1] <= CHUNK:
+    if heads[0].shape[-1] <= tile and chunks.count <= CHUNK:
         found = measure_rows(rows, *at(0, heads[0].shape[-1]))
     else:
         start = nothing(jax.eval_shape(lambda: measure_rows(rows, *at(0, 1))))
@@ -149,6 +154,7 @@ def pull_back(d_logits, rows: Rows, heads, tile: int):
     """
     like = rows.hidden[0]
     rows, heads = in_groups(rows), in_pieces(heads)
+    chunks = Chunks(rows)
     head = heads[0]
     of_hidden, of_head = jax.typeof(rows.hidden[0]).sharding, jax.typeof(head).sharding
 
@@ -159,19 +165,20 @@ def pull_back(d_logits, rows: Rows, heads, tile: int):
         d_hidden, d_head = carry
         weights, ids = tuple(columns(each, start, size) for each in heads), tokens(head, start, size)
         w = weights[0]
-        of_groups = NamedSharding(of_hidden.mesh, P(of_hidden.spec[0], None, jax.typeof(w).sharding.spec[1]))
+        of_groups = NamedSharding(of_hidden.mesh, P(*of_hidden.spec[:-2], None, jax.typeof(w).sharding.spec[1]))
 
         def of_chunk(carry, first, count):
             d_hidden, d_w = carry
-            chunk = take(rows, first, count).used()
+            chunk = chunks.take(rows, first, count).used()
             dz = d_logits(tile_logits(chunk, weights, ids), ids, over_columns(chunk.extra, ids))
-            dz = dz.astype(like.dtype).reshape(*dz.shape[:2], -1)  # [G, m, size], or [G, m, P * size]
-            new = take(d_hidden, first, count) + product("gmv,dv->gmd", dz, w, of_hidden)
-            return put(d_hidden, new, first), d_w + product("gmd,gmv->gdv", chunk.hidden[0], dz, of_groups)
+            dz = dz.astype(like.dtype).reshape(*chunk.hidden[0].shape[:-1], -1)  # [..., m, size], or [..., m, P * size]
+            new = chunks.take(d_hidden, first, count) + product("...v,dv->...d", dz, w, of_hidden)
+            return chunks.put(d_hidden, new, first), d_w + product("...md,...mv->...dv", chunk.hidden[0], dz, of_groups)
 
-        d_w = jnp.zeros((rows.hidden[0].shape[0], *w.shape), jnp.float32, out_sharding=of_groups)
-        d_hidden, d_w = sweep(of_chunk, (d_hidden, d_w), rows.hidden[0].shape[1], CHUNK)
-        d_w = d_w.sum(axis=0).astype(head.dtype).reshape(*head.shape[:-1], size)
+        d_w = jnp.zeros((*rows.hidden[0].shape[:-2], *w.shape), jnp.float32, out_sharding=of_groups)
+        d_hidden, d_w = sweep(of_chunk, (d_hidden, d_w), chunks.count, CHUNK)
+        d_w = d_w if d_w.ndim == 2 else d_w.sum(axis=0)
+        d_w = d_w.astype(head.dtype).reshape(*head.shape[:-1], size)
         d_w = d_w if of_head.mesh.empty else jax.reshard(d_w, of_head)
         return d_hidden, jax.lax.dynamic_update_slice_in_dim(d_head, d_w, start, axis=-1)
 
