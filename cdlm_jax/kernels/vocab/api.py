@@ -5,14 +5,17 @@ accumulate, and all statistics are kept, in float32. None of them holds an array
 """
 
 import math
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 
 from cdlm_jax.config import InputError
-from cdlm_jax.kernels.vocab import ops, xla
+from cdlm_jax.kernels.vocab import ops, tpu, xla
 from cdlm_jax.kernels.vocab.noise import Seeds
 from cdlm_jax.kernels.vocab.reference import Confidence
+
+Implementation = Literal["tpu", "xla"]
 
 TILE = 4096  # head columns at a time; memory is a few float32 arrays of [at most 2048 rows, TILE]
 
@@ -24,6 +27,7 @@ def confidence(
     temperature: float = 0.0,
     key: jax.Array | None = None,
     forbidden: tuple[int, ...] = (),
+    implementation: Implementation | None = None,
     tile: int = TILE,
 ) -> Confidence:
     """A token for each row and how sure softmax(hidden @ head) is of it.
@@ -52,7 +56,8 @@ def confidence(
     if len(set(forbidden)) >= head.shape[1]:
         raise InputError(f"forbidden holds {len(set(forbidden))} tokens, of a vocabulary of {head.shape[1]}")
     seeds = _seeds(key, hidden) if temperature > 0 else None
-    return ops.confidence(xla, hidden, head, tuple(forbidden), temperature, seeds, tile)
+    engine = _engine(implementation, hidden, head, tile)
+    return ops.confidence(engine, hidden, head, tuple(forbidden), temperature, seeds)
 
 
 def linear_kl(
@@ -62,6 +67,7 @@ def linear_kl(
     weights: jax.Array,
     *,
     teacher_head: jax.Array | None = None,
+    implementation: Implementation | None = None,
     tile: int = TILE,
 ) -> jax.Array:
     """sum_i weights_i KL( softmax(teacher_hidden_i @ teacher_head) || softmax(student_hidden_i @ head) ), in nats.
@@ -81,16 +87,23 @@ def linear_kl(
     Raises:
       InputError: the leading dimensions of the rows and the weights differ, or the two heads differ in V.
     """
-    teacher_head = head if teacher_head is None else teacher_head
     _check_rows(weights, teacher_hidden=teacher_hidden.shape[:-1], student_hidden=student_hidden.shape[:-1])
-    if teacher_head.shape[1] != head.shape[1]:
+    if teacher_head is not None and teacher_head.shape[1] != head.shape[1]:
         raise InputError(f"teacher_head has a vocabulary of {teacher_head.shape[1]}, head of {head.shape[1]}")
+    engine = _engine(implementation, student_hidden, head, tile)
     teacher_hidden, teacher_head, weights = jax.lax.stop_gradient((teacher_hidden, teacher_head, weights))
-    return ops.linear_kl(xla, teacher_hidden, teacher_head, student_hidden, head, weights, tile)
+    heads = (head,) if teacher_head is None else (head, teacher_head)
+    return ops.linear_kl(engine, student_hidden, teacher_hidden, heads, weights)
 
 
 def linear_nll(
-    hidden: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array, *, tile: int = TILE
+    hidden: jax.Array,
+    head: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    *,
+    implementation: Implementation | None = None,
+    tile: int = TILE,
 ) -> jax.Array:
     """sum_i weights_i * -log softmax(hidden_i @ head)[targets_i], in nats. Differentiable in hidden and head.
 
@@ -107,7 +120,28 @@ def linear_nll(
       InputError: the leading dimensions of hidden, targets and weights differ.
     """
     _check_rows(weights, hidden=hidden.shape[:-1], targets=targets.shape)
-    return ops.linear_nll(xla, hidden, head, targets, jax.lax.stop_gradient(weights), tile)
+    engine = _engine(implementation, hidden, head, tile)
+    return ops.linear_nll(engine, hidden, head, targets, jax.lax.stop_gradient(weights))
+
+
+def _engine(implementation: Implementation | None, hidden, head, tile: int):
+    reason = _refusal(hidden, head)
+    if implementation is None:
+        implementation = "xla" if reason else "tpu"
+    elif implementation not in get_args(Implementation):
+        raise InputError(f"unknown implementation {implementation!r} of the vocabulary, allowed: 'tpu', 'xla'")
+    elif implementation == "tpu" and reason:
+        raise InputError(f"the vocabulary's implementation 'tpu' cannot run here: {reason}; allowed: 'xla'")
+    return tpu.Engine() if implementation == "tpu" else xla.Engine(tile)
+
+
+def _refusal(hidden, head) -> str | None:
+    """Why the TPU kernels cannot run here; None if they can."""
+    # The program is for the current mesh's devices, which may be of another machine, else for this one's.
+    device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+    if device.platform != "tpu":
+        return f"the device is a {device.platform}"
+    return tpu.refusal(hidden, head)
 
 
 def _check_rows(weights, **leading):

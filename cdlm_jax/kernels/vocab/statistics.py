@@ -141,24 +141,24 @@ def read_peak(peak: Peak) -> Confidence:
 
 
 class Divergence(NamedTuple):
-    teacher: LogSum
     student: LogSum
+    teacher: LogSum
     gap: jax.Array  # float32, sum of exp(z_teacher - top) (z_teacher - z_student)
 
 
-def divergence(z_teacher, z_student):
+def divergence(z_student, z_teacher):
     teacher, exp = log_sum(z_teacher)
-    return Divergence(teacher, log_sum(z_student)[0], total(exp * (z_teacher - z_student)))
+    return Divergence(log_sum(z_student)[0], teacher, total(exp * (z_teacher - z_student)))
 
 
 def merge_divergences(a: Divergence, b: Divergence):
     teacher, scale_a, scale_b = merge_log_sums(a.teacher, b.teacher)
-    return Divergence(teacher, merge_log_sums(a.student, b.student)[0], scale_a * a.gap + scale_b * b.gap)
+    return Divergence(merge_log_sums(a.student, b.student)[0], teacher, scale_a * a.gap + scale_b * b.gap)
 
 
 def read_divergence(divergence: Divergence):
     """KL(teacher || student) in nats."""
-    t, s, gap = divergence
+    s, t, gap = divergence
     # E_teacher[z_teacher - z_student] less the difference of the log-sum-exps, large parts first.
     return gap / t.mass - (t.top - s.top) - (jnp.log(t.mass) - jnp.log(s.mass))
 

@@ -4,10 +4,12 @@ exist, forward and backward.
 Inside, every array of rows is [m, k]; on a mesh that cuts the rows into G groups [G, m, k], and each device goes
 through the m of its own group in chunks. On a mesh that cuts the head's columns into P pieces, each device streams its
 own: arrays have one more axis, P before the tile's, and what the pieces say is merged at the end. A tile's `fsdp`
-gathered when its turn comes.
+pieces are gathered when its turn comes.
 """
 
+import dataclasses
 from functools import reduce
+from itertools import cycle
 
 import jax
 import jax.numpy as jnp
@@ -80,9 +82,13 @@ def tokens(head, start, size):
     return ids + jnp.arange(head.shape[1], dtype=jnp.int32)[:, None] * head.shape[2]
 
 
+def tile_of(heads, start, size):
+    return tuple(columns(head, start, size) for head in heads), tokens(heads[0], start, size)
+
+
 def tile_logits(rows, weights, ids):
     """float32 [..., m, size] or [..., m, P, size], of every head."""
-    every = (logits(hidden, w) for hidden, w in zip(rows.hidden, weights, strict=True))
+    every = (logits(hidden, w) for hidden, w in zip(rows.hidden, cycle(weights), strict=False))
     return tuple(z.reshape(*z.shape[:-1], *ids.shape) for z in every)
 
 
@@ -111,77 +117,81 @@ def sweep(step, carry, count, most):
 # ---- forward and backward ------------------------------------------------------------------------------------------
 
 
-def statistics(measure, merge, rows: Rows, heads, tile: int):
-    """[..., 1] of every row: measure(logits of every head, ids, extra) of all tiles, merged left to right, and then
-    over the pieces."""
-    like = rows.hidden[0]
-    rows, heads = in_groups(rows), in_pieces(heads)
-    chunks = Chunks(rows)
+@dataclasses.dataclass(frozen=True)
+class Engine:
+    """tile: columns of the head at a time."""
 
-    def measure_rows(rows, weights, ids):
-        rows = rows.used()
-        return measure(tile_logits(rows, weights, ids), ids, over_columns(rows.extra, ids))
+    tile: int
 
-    def at(start, size):
-        return tuple(columns(head, start, size) for head in heads), tokens(heads[0], start, size)
+    def statistics(self, measure, merge, rows: Rows, heads):
+        """[..., 1] of every row: measure(logits of every head, ids, extra) of all tiles, merged left to right, and then
+        over the pieces."""
+        like = rows.hidden[0]
+        rows, heads = in_groups(rows), in_pieces(heads)
+        chunks = Chunks(rows)
 
-    def of_tile(carry, start, size):
-        weights, ids = at(start, size)
+        def measure_rows(rows, weights, ids):
+            rows = rows.used()
+            return measure(tile_logits(rows, weights, ids), ids, over_columns(rows.extra, ids))
 
-        def of_chunk(carry, first, count):
-            new = measure_rows(chunks.take(rows, first, count), weights, ids)
-            return chunks.put(carry, merge(chunks.take(carry, first, count), new), first)
+        def of_tile(carry, start, size):
+            weights, ids = tile_of(heads, start, size)
 
-        return sweep(of_chunk, carry, chunks.count, CHUNK)
+            def of_chunk(carry, first, count):
+                new = measure_rows(chunks.take(rows, first, count), weights, ids)
+                return chunks.put(carry, merge(chunks.take(carry, first, count), new), first)
 
-    if heads[0].shape[-1] <= tile and chunks.count <= CHUNK:
-        found = measure_rows(rows, *at(0, heads[0].shape[-1]))
-    else:
-        start = nothing(jax.eval_shape(lambda: measure_rows(rows, *at(0, 1))))
-        found = sweep(of_tile, start, heads[0].shape[-1], tile)
-    if heads[0].ndim == 3:
-        found = jax.tree.map(lambda x: whole(x, -2), found)
-        found = reduce(merge, (jax.tree.map(lambda x, i=i: x[..., i, :], found) for i in range(heads[0].shape[1])))
-    return jax.tree.map(lambda x: out_of_groups(x, like), found)
+            return sweep(of_chunk, carry, chunks.count, CHUNK)
 
+        if heads[0].shape[-1] <= self.tile and chunks.count <= CHUNK:
+            found = measure_rows(rows, *tile_of(heads, 0, heads[0].shape[-1]))
+        else:
+            start = nothing(jax.eval_shape(lambda: measure_rows(rows, *tile_of(heads, 0, 1))))
+            found = sweep(of_tile, start, heads[0].shape[-1], self.tile)
+        if heads[0].ndim == 3:
+            found = jax.tree.map(lambda x: whole(x, -2), found)
+            found = reduce(merge, (jax.tree.map(lambda x, i=i: x[..., i, :], found) for i in range(heads[0].shape[1])))
+        return jax.tree.map(lambda x: out_of_groups(x, like), found)
 
-def pull_back(d_logits, rows: Rows, heads, tile: int):
-    """(d hidden, d head) of the first hidden and head, from d_logits(logits of every head, ids, extra), the gradient at
-    a tile of the first one's logits.
+    def pull_back(self, d_logits, rows: Rows, heads):
+        """(d hidden, d head) of the first hidden and head, from d_logits(logits of every head, ids, extra), the
+        gradient at a tile of the first one's logits.
 
-    d hidden accumulates over the tiles in float32, a tile of d head over the chunks of rows and then over their groups;
-    every column of d head is written once.
-    """
-    like = rows.hidden[0]
-    rows, heads = in_groups(rows), in_pieces(heads)
-    chunks = Chunks(rows)
-    head = heads[0]
-    of_hidden, of_head = jax.typeof(rows.hidden[0]).sharding, jax.typeof(head).sharding
+        d hidden accumulates over the tiles in float32, a tile of d head over the chunks of rows and then over their
+        groups; every column of d head is written once.
+        """
+        like = rows.hidden[0]
+        rows, heads = in_groups(rows), in_pieces(heads)
+        chunks = Chunks(rows)
+        head = heads[0]
+        of_hidden, of_head = jax.typeof(rows.hidden[0]).sharding, jax.typeof(head).sharding
 
-    def product(subscripts, a, b, sharding):
-        return jnp.einsum(subscripts, a, b, preferred_element_type=jnp.float32, out_sharding=sharding)
+        def product(subscripts, a, b, sharding):
+            return jnp.einsum(subscripts, a, b, preferred_element_type=jnp.float32, out_sharding=sharding)
 
-    def of_tile(carry, start, size):
-        d_hidden, d_head = carry
-        weights, ids = tuple(columns(each, start, size) for each in heads), tokens(head, start, size)
-        w = weights[0]
-        of_groups = NamedSharding(of_hidden.mesh, P(*of_hidden.spec[:-2], None, jax.typeof(w).sharding.spec[1]))
+        def of_tile(carry, start, size):
+            d_hidden, d_head = carry
+            weights, ids = tile_of(heads, start, size)
+            w = weights[0]
+            of_groups = NamedSharding(of_hidden.mesh, P(*of_hidden.spec[:-2], None, jax.typeof(w).sharding.spec[1]))
 
-        def of_chunk(carry, first, count):
-            d_hidden, d_w = carry
-            chunk = chunks.take(rows, first, count).used()
-            dz = d_logits(tile_logits(chunk, weights, ids), ids, over_columns(chunk.extra, ids))
-            dz = dz.astype(like.dtype).reshape(*chunk.hidden[0].shape[:-1], -1)  # [..., m, size], or [..., m, P * size]
-            new = chunks.take(d_hidden, first, count) + product("...v,dv->...d", dz, w, of_hidden)
-            return chunks.put(d_hidden, new, first), d_w + product("...md,...mv->...dv", chunk.hidden[0], dz, of_groups)
+            def of_chunk(carry, first, count):
+                d_hidden, d_w = carry
+                chunk = chunks.take(rows, first, count).used()
+                dz = d_logits(tile_logits(chunk, weights, ids), ids, over_columns(chunk.extra, ids))
+                hidden = chunk.hidden[0]
+                dz = dz.astype(like.dtype).reshape(*hidden.shape[:-1], -1)  # [..., m, size], or [..., m, P * size]
+                new = chunks.take(d_hidden, first, count) + product("...v,dv->...d", dz, w, of_hidden)
+                d_w += product("...md,...mv->...dv", hidden, dz, of_groups)
+                return chunks.put(d_hidden, new, first), d_w
 
-        d_w = jnp.zeros((*rows.hidden[0].shape[:-2], *w.shape), jnp.float32, out_sharding=of_groups)
-        d_hidden, d_w = sweep(of_chunk, (d_hidden, d_w), chunks.count, CHUNK)
-        d_w = d_w if d_w.ndim == 2 else d_w.sum(axis=0)
-        d_w = d_w.astype(head.dtype).reshape(*head.shape[:-1], size)
-        d_w = d_w if of_head.mesh.empty else jax.reshard(d_w, of_head)
-        return d_hidden, jax.lax.dynamic_update_slice_in_dim(d_head, d_w, start, axis=-1)
+            d_w = jnp.zeros((*rows.hidden[0].shape[:-2], *w.shape), jnp.float32, out_sharding=of_groups)
+            d_hidden, d_w = sweep(of_chunk, (d_hidden, d_w), chunks.count, CHUNK)
+            d_w = d_w if d_w.ndim == 2 else d_w.sum(axis=0)
+            d_w = d_w.astype(head.dtype).reshape(*head.shape[:-1], size)
+            d_w = d_w if of_head.mesh.empty else jax.reshard(d_w, of_head)
+            return d_hidden, jax.lax.dynamic_update_slice_in_dim(d_head, d_w, start, axis=-1)
 
-    zeros = jnp.zeros_like(rows.hidden[0], dtype=jnp.float32), jnp.zeros_like(head)
-    d_hidden, d_head = sweep(of_tile, zeros, head.shape[-1], tile)
-    return out_of_groups(d_hidden.astype(like.dtype), like), d_head.reshape(head.shape[0], -1)
+        zeros = jnp.zeros_like(rows.hidden[0], dtype=jnp.float32), jnp.zeros_like(head)
+        d_hidden, d_head = sweep(of_tile, zeros, head.shape[-1], self.tile)
+        return out_of_groups(d_hidden.astype(like.dtype), like), d_head.reshape(head.shape[0], -1)
