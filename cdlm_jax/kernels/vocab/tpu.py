@@ -28,6 +28,7 @@ from cdlm_jax.kernels.vocab.xla import LANES, sweep
 
 GATHERED = 16384  # columns of a head whose `fsdp` pieces are put together at a time
 STEP = 256  # rows of a tile that are computed with at a time: bounds the code's length and its intermediate values
+NO_TOKEN = 2**31 - 1
 MIB = 2**20
 
 # ---- tiles ---------------------------------------------------------------------------------------------------------
@@ -169,6 +170,8 @@ class Walk:
             row_refs, head_refs = refs[: len(leaves)], refs[len(leaves) : len(leaves) + len(self.heads)]
             out = refs[len(leaves) + len(self.heads) :]
             column = column_tile * tiles.columns + jax.lax.broadcasted_iota(jnp.int32, (1, tiles.columns), 1)
+            # The number of a column that does not exist may be that of one elsewhere, so it gets no token's.
+            ids = jnp.where(column < vocab, first[0] + column, NO_TOKEN)
             weights = tuple(ref[...] for ref in head_refs)
             pl.when(inner == 0)(lambda: kernel.begin(*out))
 
@@ -176,7 +179,7 @@ class Walk:
                 part = pl.ds(i * size, size)
                 row = row_tile * tiles.rows + i * size + jax.lax.broadcasted_iota(jnp.int32, (size, 1), 0)
                 rows = jax.tree.unflatten(tree, [ref[part] for ref in row_refs]).used()
-                kernel.step(Step(part, rows, weights, first[0] + column, row < n, column < vocab), *out)
+                kernel.step(Step(part, rows, weights, ids, row < n, column < vocab), *out)
 
             if tiles.rows == size:
                 step(0)
