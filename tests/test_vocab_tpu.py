@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from test_vocab import inputs, log_softmax, twin_kl, twin_nll, wide
 
 from cdlm_jax.config import InputError
-from cdlm_jax.kernels.vocab import ops, reference, xla
+from cdlm_jax.kernels.vocab import ops, reference, tpu, xla
 from cdlm_jax.kernels.vocab.noise import Seeds
-from cdlm_jax.kernels.vocab.tpu import STEP, Engine, Sizes, Tiles, choose
+from cdlm_jax.kernels.vocab.tpu import Engine, Sizes, Tiles, choose
 
-few = settings(max_examples=8, deadline=None, derandomize=True)
+few = settings(max_examples=4, deadline=None, derandomize=True)
 shapes = st.fixed_dictionaries(
     {
         "n": st.sampled_from([1, 5, 16, 40, 70]),
@@ -76,31 +76,37 @@ def test_losses_match_float64(shape, tiles, own_head):
         kl = ops.linear_kl(engine, *poisoned, heads, weights)
         return kl, ops.linear_nll(engine, poisoned[0], head, targets, weights)
 
-    values, pull_back = jax.vjp(losses, student, head)
+    @jax.jit
+    def run(student, head):
+        values, pull_back = jax.vjp(losses, student, head)
+        return values, [pull_back((jnp.float32(a), jnp.float32(1 - a))) for a in (1, 0)]
+
+    values, gradients = run(student, head)
     kl = twin_kl(*wide(teacher, student, head, weights, teacher_head))
     nll = twin_nll(*wide(student, head, targets, weights))
     np.testing.assert_allclose(values, [kl[0], nll[0]], rtol=1e-5, atol=1e-5)
-    for cotangents, expected in (((1.0, 0.0), kl[1:]), ((0.0, 1.0), nll[1:])):
-        for got, want in zip(pull_back(tuple(map(jnp.float32, cotangents))), expected, strict=True):
-            np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+    for got, want in zip(jax.tree.leaves(gradients), (*kl[1:], *nll[1:]), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
 
 
-def test_steps_within_a_tile_of_rows():
+def test_steps_within_a_tile_of_rows(monkeypatch):
     """More rows than are computed with at a time, the last of them fewer."""
-    tiles = Tiles(rows=2 * STEP, columns=128)
-    n = 3 * STEP + 10
+    monkeypatch.setattr(tpu, "STEP", 16)
+    tiles = Tiles(rows=32, columns=128)
+    n = 3 * 16 + 10
     teacher, student, _, head, targets, weights = inputs(n=n, vocab=200)
     got = ops.confidence(Engine(interpret=True, tiles=tiles), student, head, (1,), 0.5, seeds_of(n))
     np.testing.assert_array_equal(got.token, reference.confidence(student, head, (1,), 0.5, seeds_of(n)).token)
 
     def gradients(engine):
-        return jax.grad(lambda s, w: ops.linear_kl(engine, s, teacher, (w,), weights), (0, 1))(student, head)
+        loss = jax.grad(lambda s, w: ops.linear_kl(engine, s, teacher, (w,), weights), (0, 1))
+        return jax.jit(loss)(student, head)
 
     for a, b in zip(gradients(Engine(interpret=True, tiles=tiles)), gradients(xla.Engine(4096)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("splits", [1, 2, 3])
+@pytest.mark.parametrize("splits", [1, 3])
 def test_ties_go_to_the_lowest_id(splits):
     """Within a tile of columns, between tiles, and between the parts that cores walk on their own."""
     z = np.zeros((4, 700), np.float32)
@@ -129,7 +135,7 @@ def test_error_in_bfloat16(engine):
     teacher, student, _, head, _, weights = inputs(n=64, d=64, vocab=1000, scale=0.5)
     teacher, student, head = (jnp.asarray(a, jnp.bfloat16) for a in (teacher, student, head))
     exact = twin_kl(*(np.asarray(a, np.float64) for a in (teacher, student, head, weights, head)))
-    loss = jax.value_and_grad(lambda s, w: ops.linear_kl(engine, s, teacher, (w,), weights), (0, 1))
+    loss = jax.jit(jax.value_and_grad(lambda s, w: ops.linear_kl(engine, s, teacher, (w,), weights), (0, 1)))
 
     def errors(found):
         return [np.abs(np.asarray(a, np.float64) - b).max() for a, b in zip(jax.tree.leaves(found), exact, strict=True)]
@@ -192,15 +198,13 @@ def run(engine, teacher, student, head, targets, weights, seeds):
     return jax.value_and_grad(loss, (0, 1))(student, head), ops.confidence(engine, student, head, (20,), 0.5, seeds)
 
 expected = run(xla.Engine(64), teacher, student, head, targets, weights, seeds)
-for sizes in ((2, 2, 2), (1, 4, 2), (1, 1, 8)):
-    mesh = sharding.make_mesh(sharding.MeshConfig(**dict(zip(sharding.AXES, sizes))))
-    with jax.set_mesh(mesh):
-        rows = jax.tree.map(lambda x: sharding.put(x, "rows"), (teacher, student, targets, weights, seeds))
-        on_columns = sharding.put(head, "embed", "vocab")
-        got = run(tpu.Engine(interpret=True), *rows[:2], on_columns, *rows[2:])
-    assert got[0][1][1].sharding == on_columns.sharding
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-5, atol=1e-5)
+with jax.set_mesh(sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=2, tensor=2))):
+    rows = jax.tree.map(lambda x: sharding.put(x, "rows"), (teacher, student, targets, weights, seeds))
+    on_columns = sharding.put(head, "embed", "vocab")
+    got = run(tpu.Engine(interpret=True), *rows[:2], on_columns, *rows[2:])
+assert got[0][1][1].sharding == on_columns.sharding
+for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+    np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-5, atol=1e-5)
 print("same")
 """
 

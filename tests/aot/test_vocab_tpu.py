@@ -67,7 +67,7 @@ def test_the_kernels_compile(chip, case):
         program = compiled(function, *shapes)
     assert program.as_text().count('custom_call_target="tpu_custom_call"') == kernels
     n, vocab = shapes[0].shape[0], shapes[1].shape[1]
-    assert program.memory_analysis().temp_size_in_bytes < max(n * vocab * 4 / 20, 2**20)
+    assert program.memory_analysis().temp_size_in_bytes < max(n * vocab * 4 / 20, 4 * 2**20)
 
 
 @pytest.mark.slow

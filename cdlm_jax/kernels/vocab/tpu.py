@@ -31,6 +31,9 @@ STEP = 256  # rows of a tile that are computed with at a time: bounds the code's
 NO_TOKEN = 2**31 - 1
 MIB = 2**20
 
+# Bytes in VMEM for each number of a result: written from there while the next is computed; or also summed there.
+KEPT, SUMMED = 2 * 4, 4 + 2 * 4
+
 # ---- tiles ---------------------------------------------------------------------------------------------------------
 
 
@@ -54,6 +57,19 @@ class Sizes(NamedTuple):
     column: int  # bytes of a column of all heads
     per_row: int  # bytes of what stays in VMEM, for a row of a tile
     per_column: int  # and for a column of a tile
+
+    @classmethod
+    def of(cls, rows: Rows, heads, per_row: int = 0, per_column: int = 0) -> "Sizes":
+        n, d = rows.hidden[0].shape
+        row = sum(lanes(x.shape[1]) * x.dtype.itemsize for x in jax.tree.leaves(rows))
+        column = sum(head.shape[0] for head in heads) * heads[0].dtype.itemsize
+        return cls(n, d, heads[0].shape[1], row, column, per_row, per_column)
+
+    def moved(self, tiles: Tiles, columns_first: bool = False) -> int:
+        """Bytes that a kernel reads: a tile is fetched when it is not the one of the step before."""
+        row_tiles, column_tiles = pl.cdiv(self.rows, tiles.rows), pl.cdiv(self.vocab, tiles.columns)
+        rows, head = self.rows * self.row, self.vocab * self.column
+        return column_tiles * rows + head if columns_first else tiles.splits * rows + row_tiles * head
 
     def vmem(self, rows: int, columns: int) -> int:
         """Bytes that a program needs: what is fetched is there twice, the next tile coming while one is in use."""
@@ -85,8 +101,7 @@ def choose(sizes: Sizes, columns_first: bool, cores: int, vmem: int) -> Tiles:
 
     def cost(tile):
         rows, columns = tile
-        moved = sizes.row * n * pl.cdiv(vocab, columns) if columns_first else sizes.column * vocab * pl.cdiv(n, rows)
-        return moved, -rows * columns
+        return sizes.moved(Tiles(rows=rows, columns=columns), columns_first), -rows * columns
 
     rows, column = min(fitting, key=cost)
     return Tiles(rows=rows, columns=column, splits=cores if rows >= n and not columns_first else 1, vmem=vmem)
@@ -150,7 +165,7 @@ class Walk:
             self.heads[0].shape[1], self.tiles.columns
         )
 
-    def run(self, kernel: Kernel, *, grid, at, out_shape, out_specs, scratch=(), products):
+    def run(self, kernel: Kernel, *, grid, at, out_shape, out_specs, scratch=(), products, columns_first=False):
         """at(*grid indices) is (row tile, column tile); products: matrix products of a step."""
         (n, d), vocab, tiles = self.rows.hidden[0].shape, self.heads[0].shape[1], self.tiles
         leaves, tree = jax.tree.flatten(self.rows)
@@ -207,7 +222,7 @@ class Walk:
             ),
             cost_estimate=pl.CostEstimate(
                 flops=2 * n * d * vocab * products,
-                bytes_accessed=sum(x.size * x.dtype.itemsize for x in (*leaves, *self.heads)),
+                bytes_accessed=Sizes.of(self.rows, self.heads).moved(tiles, columns_first),
                 transcendentals=n * vocab * len(self.rows.hidden),
             ),
             interpret=self.interpret,
@@ -296,6 +311,7 @@ def d_head(d_logits, walk: Walk, dtype):
         out_specs=pl.BlockSpec((head.shape[0], tiles.columns), lambda column, *_: (0, column)),
         scratch=[pltpu.VMEM((head.shape[0], tiles.columns), jnp.float32)],
         products=len(walk.rows.hidden) + 1,
+        columns_first=True,
     )
 
 
@@ -390,7 +406,7 @@ class Engine:
             lead = rows.hidden[0].shape[:-1]
             rows = flat(rows)
             start = nothing(statistics_shapes(measure, rows))
-            per_row = 2 * 4 * LANES * len(jax.tree.leaves(start))
+            per_row = KEPT * LANES * len(jax.tree.leaves(start))
 
             def of_columns(so_far, first, size):
                 walk = self.walk(rows, *axes.columns(heads, first, size), per_row=per_row)
@@ -414,8 +430,8 @@ class Engine:
             def of_columns(carry, first, size):
                 so_far, written = carry
                 at = axes.columns(heads, first, size)
-                of_rows = self.walk(rows, *at, per_row=(4 + 2 * 4) * lanes(width))
-                of_head = self.walk(rows, *at, per_column=(4 + 2 * 4) * width, columns_first=True)
+                of_rows = self.walk(rows, *at, per_row=SUMMED * lanes(width))
+                of_head = self.walk(rows, *at, per_column=SUMMED * width, columns_first=True)
                 new = d_hidden(d_logits, of_rows, hidden.dtype if whole else jnp.float32)
                 d_columns = axes.over_rows(d_head(d_logits, of_head, jnp.float32 if axes.rows else head.dtype))
                 written = jax.lax.dynamic_update_slice_in_dim(written, d_columns.astype(head.dtype), first, axis=1)
@@ -430,16 +446,7 @@ class Engine:
 
     def walk(self, rows: Rows, heads, first, *, per_row=0, per_column=0, columns_first=False) -> Walk:
         """per_row, per_column: bytes that stay in VMEM, beside the inputs, for a row and a column of a tile."""
-        n, d = rows.hidden[0].shape
-        sizes = Sizes(
-            rows=n,
-            d=d,
-            vocab=heads[0].shape[1],
-            row=sum(lanes(x.shape[1]) * x.dtype.itemsize for x in jax.tree.leaves(rows)),
-            column=sum(head.shape[0] for head in heads) * heads[0].dtype.itemsize,
-            per_row=per_row,
-            per_column=per_column,
-        )
+        sizes = Sizes.of(rows, heads, per_row, per_column)
         if self.interpret:
             cores, vmem = 2, 128 * MIB
         else:
