@@ -28,9 +28,8 @@ CASES = {
 
 def main() -> None:
     print("bfloat16; bound is the roofline's, by HBM or by FLOPs")
-    print(
-        f"{'model':9} {'kernel':26} {'chip':8} {'R x C':>10} {'VMEM MiB':>12} {'moved / least':>13} {'FLOPs/B':>7}  bound"
-    )
+    sizes = f"{'R x C':>10} {'VMEM MiB':>12} {'moved / least':>13} {'FLOPs/B':>7}"
+    print(f"{'model':9} {'kernel':26} {'chip':7} {sizes}  bound")
     for model, sizes in MODELS.items():
         for name, case in CASES.items():
             for chip in CHIPS:
@@ -42,7 +41,7 @@ def main() -> None:
                 used = f"{found.vmem / MIB:.1f} of {vmem // MIB}"
                 limit = "FLOPs" if found.intensity > chip.ridge else "HBM"
                 print(
-                    f"{model:9} {name:26} {chip.name:8} {tiles:>10} {used:>12} {found.ratio:13.3f} "
+                    f"{model:9} {name:26} {chip.name:7} {tiles:>10} {used:>12} {found.ratio:13.3f} "
                     f"{found.intensity:7.0f}  {1e3 * found.seconds(chip):.3g} ms, {limit}"
                 )
 

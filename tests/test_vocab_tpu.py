@@ -18,8 +18,9 @@ from test_vocab import inputs, log_softmax, twin_kl, twin_nll, wide
 
 from cdlm_jax.config import InputError
 from cdlm_jax.kernels.vocab import ops, reference, tpu, xla
+from cdlm_jax.kernels.vocab.cost import forward
 from cdlm_jax.kernels.vocab.noise import Seeds
-from cdlm_jax.kernels.vocab.tpu import Engine, Sizes, Tiles, choose
+from cdlm_jax.kernels.vocab.tpu import MIB, Engine, Sizes, Tiles, choose
 
 few = settings(max_examples=4, deadline=None, derandomize=True)
 shapes = st.fixed_dictionaries(
@@ -166,6 +167,41 @@ def test_tiles_fit(vmem, columns_first, n, vocab):
     assert tiles.splits == (1 if columns_first or tiles.rows < n else 2)
     if vmem > 16 and not columns_first:
         assert tiles.rows >= min(n, 1024)  # the head is read once for so many rows
+
+
+@pytest.mark.parametrize("columns_first", [False, True])
+@pytest.mark.parametrize("tiles", [Tiles(rows=64, columns=256), Tiles(rows=300, columns=128, splits=2)])
+def test_bytes_moved_are_those_of_the_walk(tiles, columns_first):
+    """Counted along the grid: a tile of rows or of columns is fetched when it is not the one of the step before."""
+    sizes = Sizes(rows=300, d=8, vocab=512, row=16, column=32, per_row=0, per_column=0)
+    row_tiles, column_tiles = -(-300 // tiles.rows), 512 // tiles.columns
+    if columns_first:
+        tiles = Tiles(rows=tiles.rows, columns=tiles.columns)
+        walk = [(row, column) for column in range(column_tiles) for row in range(row_tiles)]
+    else:
+        each = column_tiles // tiles.splits
+        walk = [
+            (row, split * each + column)
+            for split in range(tiles.splits)
+            for row in range(row_tiles)
+            for column in range(each)
+        ]
+        if tiles.splits > 1:  # every core fetches its own first tile
+            walk.insert(each, (None, None))
+    fetched = {"row": 0, "column": 0}
+    for before, now in zip([(None, None), *walk], walk, strict=False):
+        if now[0] is not None:
+            fetched["row"] += (now[0] != before[0]) * min(tiles.rows, 300 - now[0] * tiles.rows) * sizes.row
+            fetched["column"] += (now[1] != before[1]) * tiles.columns * sizes.column
+    assert sizes.moved(tiles, columns_first) == sum(fetched.values())
+
+
+@pytest.mark.parametrize("n", [32, 1024])
+def test_a_block_s_confidence_reads_everything_once(n):
+    """Of Dream's head, at most 1.05 times the least, on chips with more VMEM than a v4."""
+    for cores, vmem in ((1, 128 * MIB), (2, 64 * MIB)):
+        found = forward("confidence", n, 3584, 152064, cores, vmem)
+        assert found.ratio <= 1.05 and found.vmem <= 0.8 * vmem
 
 
 def test_rows_that_no_tile_can_hold_are_refused():

@@ -69,7 +69,9 @@ class Sizes(NamedTuple):
         """Bytes that a kernel reads: a tile is fetched when it is not the one of the step before."""
         row_tiles, column_tiles = pl.cdiv(self.rows, tiles.rows), pl.cdiv(self.vocab, tiles.columns)
         rows, head = self.rows * self.row, self.vocab * self.column
-        return column_tiles * rows + head if columns_first else tiles.splits * rows + row_tiles * head
+        if columns_first:
+            return rows * (column_tiles if row_tiles > 1 else 1) + head
+        return rows * tiles.splits + head * (row_tiles if column_tiles > tiles.splits else 1)
 
     def vmem(self, rows: int, columns: int) -> int:
         """Bytes that a program needs: what is fetched is there twice, the next tile coming while one is in use."""
