@@ -7,6 +7,7 @@ model = cdlm_jax.load_model("path/to/student")
 result = cdlm.generate(model, prompts, prompt_lengths, cdlm.Config(gen_length=256, block_size=32))
 """
 
+from cdlm_jax import platforms  # noqa: F401  before anything imports JAX
 from cdlm_jax.models.hf import export_hf, load_model
 from cdlm_jax.visibility import visible_end
 

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -25,9 +26,37 @@ USAGE = """usage: cdlm <command> [--flag=value ...]        (cdlm <command> --hel
   benchmark    compare every decoder on the same weights, problems and machine
   lm-eval      lm-evaluation-harness with --model cdlm_jax; its own arguments
   export       write a model folder with another dtype
+  plan         compile a stage for a TPU slice or GPUs that are not here: does it fit, what bounds it
 
-pretrain, collect, distill, quickstart, benchmark take --config=configs/x.py, and overrides of it such as
+pretrain, collect, distill, quickstart, benchmark, plan take --config=configs/x.py, and overrides of it such as
 --config.distill.steps=200."""
+
+
+def entry() -> int:
+    """The `cdlm` program: `main`, and an end for a process whose peers are still at work.
+
+    Python's own end would wait for them, while they wait for this process in an exchange that it will never join.
+    """
+    try:
+        status = main()
+    except BaseException:
+        if not _is_one_of_several():
+            raise
+        traceback.print_exc()
+        status = 1
+    if status not in (0, preemption.EXIT_STATUS) and _is_one_of_several():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
+
+
+def _is_one_of_several() -> bool:
+    if "jax" not in sys.modules:
+        return False
+    import jax
+
+    return jax.distributed.is_initialized()
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -50,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
         parsed = rest if define is None else _parse(name, define, rest)  # another program parses its own arguments
         if parsed is None:
             return 0
-        with preemption.stops_at_once():
+        with preemption.stops_at_once() if name in CONTINUED else contextlib.nullcontext():
             run(parsed)
     except InputError as error:
         print(f"cdlm {name}: {error}", file=sys.stderr)
@@ -71,10 +100,15 @@ def _quiet() -> None:
     """No chatter of libraries between our own lines."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     logging.getLogger("absl").setLevel(logging.ERROR)
-    # Where a checkpoint's file is damaged, Orbax leaves tasks behind, whose callbacks fail one by one.
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-    sys.excepthook = lambda *error: str(error[1]) == "Event loop is closed" or sys.__excepthook__(*error)
+    sys.excepthook = _report
     warnings.filterwarnings("ignore", module=r"(orbax|tensorflow_datasets|etils|grain)\b.*")
+
+
+def _report(kind, error, where) -> None:
+    """As Python does, but not the tasks that Orbax leaves behind where a checkpoint is damaged: they fail in turn."""
+    if str(error) != "Event loop is closed":
+        sys.__excepthook__(kind, error, where)
 
 
 # ---- parsing ---------------------------------------------------------------------------------------------------------
@@ -258,9 +292,11 @@ def _evaluate(values: flags.FlagValues) -> None:
 
 def _warn_of_gaps() -> None:
     """Says which layers hold programs that a model writes, and what they could do all the same."""
+    from cdlm_jax.distributed import is_main
     from cdlm_jax.evaluation.code_sandbox import isolation
 
-    print(isolation(), file=sys.stderr)
+    if is_main():
+        print(isolation(), file=sys.stderr)
 
 
 def _benchmark(values: flags.FlagValues) -> None:
@@ -287,12 +323,26 @@ def _lm_eval(arguments: list[str]) -> None:
 
 
 def _export(values: flags.FlagValues) -> None:
+    import jax
+
     from cdlm_jax.model_folder import ModelFolder
+    from cdlm_jax.sharding import MeshConfig, make_mesh
 
     if values.model is None or values.output is None:
         raise InputError("give --model and --output")
-    ModelFolder.load(values.model).save(values.output, dtype=values.dtype)
+    with jax.set_mesh(make_mesh(MeshConfig())):
+        ModelFolder.load(values.model).save(values.output, dtype=values.dtype)
     print(f"wrote {values.output}")
+
+
+def _plan(values: flags.FlagValues) -> None:
+    if values.topology is None:
+        raise InputError("give --topology, such as v5e:4x4 or h100:8")
+    output = None if values.output is None else Path(values.output)
+    from cdlm_jax import planning
+
+    settings = _recipe(values)
+    planning.run(settings, values.topology, values.stage, sweeps=values.sweep, output=output, console=_console())
 
 
 def _options(values: flags.FlagValues):
@@ -317,6 +367,8 @@ def _console():
     return Console(quiet=not is_main())
 
 
+CONTINUED = ("quickstart", "pretrain", "collect", "distill")  # by the same command, where they were interrupted
+
 COMMANDS: dict[str, tuple[Callable | None, Callable]] = {
     "quickstart": (cli_flags.quickstart, _quickstart),
     "pretrain": (cli_flags.training, _stage("pretrain")),
@@ -327,4 +379,5 @@ COMMANDS: dict[str, tuple[Callable | None, Callable]] = {
     "benchmark": (cli_flags.benchmark, _benchmark),
     "lm-eval": (None, _lm_eval),
     "export": (cli_flags.export, _export),
+    "plan": (cli_flags.plan, _plan),
 }

@@ -9,7 +9,7 @@ from ml_collections import config_flags
 
 def _config(name: str, variant: str = "full") -> Callable[[flags.FlagValues], None]:
     def define(values: flags.FlagValues) -> None:
-        path = f"{_config_path(name)}:{variant}"
+        path = f"{_config_path(name)}:{variant}".rstrip(":")
         config_flags.DEFINE_config_file("config", path, "Recipe to run.", flag_values=values)
 
     return define
@@ -107,6 +107,15 @@ def benchmark(values: flags.FlagValues) -> None:
     flags.DEFINE_list("task", None, "In place of config.tasks, comma-separated.", flag_values=values)
     flags.DEFINE_list("data", None, "In place of config.data: files of real problems.", flag_values=values)
     _code(values)
+
+
+def plan(values: flags.FlagValues) -> None:
+    _config("dream_7b.py", "")(values)
+    text = flags.DEFINE_string
+    text("topology", None, "A TPU slice or GPUs, such as v5e:4x4 or h100:8.", flag_values=values)
+    text("stage", "distill", "distill, collect or generate.", flag_values=values)
+    flags.DEFINE_bool("sweep", False, "Try other meshes and batches, rank those that fit.", flag_values=values)
+    text("output", None, "Write the figures here as JSON.", flag_values=values)
 
 
 def export(values: flags.FlagValues) -> None:

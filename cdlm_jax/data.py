@@ -102,8 +102,9 @@ class PromptFile:
     """Prompts with worked answers from a file of JSON lines, {"prompt": text, "answer": text} ("question" will do).
 
     Where the tokenizer has a chat template, both are put into it: the prompt as the user's turn, the answer as the
-    assistant's. Prompts of more than `prompt_length` tokens are left out, as in the paper; `total` counts them too.
-    InputError names the line that is not such an object.
+    assistant's, with the end of the turn. Prompts of more than `prompt_length` tokens are left out, as in the paper;
+    `total` counts them too. InputError names the line that is not such an object, and refuses a template that does more
+    than append turns.
     """
 
     def __init__(self, path: str | Path, tokenizer: Tokenizer, prompt_length: int, seed: int):
@@ -117,7 +118,7 @@ class PromptFile:
         self.total = len(everything)
         self.seed = seed
         self.names = (Path(path).stem,)
-        self.source = f"{Path(path).name} {hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}"
+        self.source = f"{Path(path).name} {hashlib.blake2b(repr(everything).encode(), digest_size=8).hexdigest()}"
 
     def __len__(self) -> int:
         return len(self._problems)
@@ -143,9 +144,11 @@ def _templated(problem: tasks.Problem, tokenizer: Tokenizer) -> tasks.Problem:
     turns = [{"role": "user", "content": problem.prompt}, {"role": "assistant", "content": problem.answer}]
     prompt = tokenizer.apply_chat_template(turns[:1])
     both = tokenizer.apply_chat_template(turns, add_generation_prompt=False)
-    # With the turn's end, as a chat model writes it, where the template only appends.
-    answer = both.removeprefix(prompt).rstrip() if both.startswith(prompt) else problem.answer
-    return tasks.Problem(prompt, answer)
+    if both == tokenizer.apply_chat_template(turns):  # it opens the next turn whether asked to or not
+        both = both.removesuffix(tokenizer.apply_chat_template([]))
+    if not both.startswith(prompt):
+        raise InputError("the chat template writes a prompt in another way once it is answered: prompts cannot use it")
+    return tasks.Problem(prompt, both.removeprefix(prompt).rstrip())
 
 
 def problem_batches(mixture: ProblemMixture, encoder: Encoder, batch_size: int) -> grain.IterDataset:

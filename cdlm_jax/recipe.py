@@ -19,7 +19,7 @@ from cdlm_jax.model_folder import ModelFolder
 from cdlm_jax.models.hf import fingerprint
 from cdlm_jax.models.lora import merge
 from cdlm_jax.models.transformer import Transformer
-from cdlm_jax.sharding import MeshConfig, shard
+from cdlm_jax.sharding import MeshConfig, check_rows, shard
 from cdlm_jax.tokenizers import Tokenizer
 from cdlm_jax.training import causal, denoising
 from cdlm_jax.training import distill as distillation
@@ -33,8 +33,8 @@ from cdlm_jax.trajectories.collect import CollectConfig
 from cdlm_jax.trajectories.collect import collect as collect_trajectories
 from cdlm_jax.trajectories.store import read
 
-# How often, and how many, which may change under way.
-REPORTING = {"checkpoint_every", "keep_checkpoints", "keep_every", "evaluate_every", "log_every"}
+# What may change under way: when a run reports and saves, and how a batch is worked through.
+FREE = {"checkpoint_every", "keep_checkpoints", "keep_every", "evaluate_every", "log_every", "accumulate", "remat"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,12 +99,12 @@ class Recipe:
     def settings(self, *sections: str) -> dict:
         """What a checkpoint of a stage must agree on to be continued: the shared fields and the named sections.
 
-        How often a run reports or saves may change under way, and the mesh too.
+        The mesh may change under way, and what is in FREE.
         """
         names = ("seed", "tasks", "prompt_length", "gen_length", "block_size", *sections)
         values = dataclasses.asdict(self)
         for section in sections:
-            for name in REPORTING & values[section].keys():
+            for name in FREE & values[section].keys():
                 del values[section][name]
         return {name: values[name] for name in names}
 
@@ -216,6 +216,7 @@ def collect(recipe: Recipe) -> None:
 def distill(recipe: Recipe, *, profile: bool = False) -> ModelFolder:
     """Train the block-causal student on the stores of trajectories; writes `work/student`, adapters merged."""
     config = recipe.distill
+    check_rows(config.batch_size // config.accumulate)
     teacher = recipe.load_teacher()
     encoder = teacher.encoder(recipe.prompt_length, recipe.gen_length)
     expected = {
@@ -230,6 +231,8 @@ def distill(recipe: Recipe, *, profile: bool = False) -> ModelFolder:
     made_from = [dataclasses.asdict(store.metadata) for store in stores]
     key = jax.random.fold_in(jax.random.key(recipe.seed), 1)
     graphdef, trainable, frozen = distillation.make_student(teacher.model, config, key)
+    dtypes = jax.tree.map(lambda x: x.dtype, teacher.model)
+    del teacher  # of its memory, only what `frozen` shares is needed
     optimizer = make_optimizer(config.optimizer, config.steps)
     loss_fn = distillation.make_loss(graphdef, config, recipe.block_size)
     step = make_train_step(
@@ -245,12 +248,12 @@ def distill(recipe: Recipe, *, profile: bool = False) -> ModelFolder:
         settings=recipe.settings("distill") | {"trajectories": made_from, "store_weights": list(recipe.store_weights)},
         label="student",
         evaluate=_heldout(recipe, encoder, partial(_merged, graphdef, frozen.student), "student"),
-        flops_per_step=distill_flops(teacher.model.config, config, recipe.row),
+        flops_per_step=distill_flops(encoder.model, config, recipe.row),
         profile=profile,
     )
     student = merge(_merged(graphdef, frozen.student, state))
-    student = jax.tree.map(lambda x, like: x.astype(like.dtype), student, teacher.model)
-    folder = ModelFolder(student, teacher.tokenizer, recipe.metadata("student"))
+    student = jax.tree.map(lambda x, dtype: x.astype(dtype), student, dtypes)
+    folder = ModelFolder(student, encoder.tokenizer, recipe.metadata("student"))
     folder.save(recipe.folder / "student", replace=True)
     return folder
 

@@ -18,8 +18,13 @@ Students of it:
     cdlm distill --config=configs/tiny.py             # 12 minutes
     cdlm quickstart                                   # the variant `quick`: two tasks, in about 5 minutes
 
-The shipped student (`shipped/student`) is that of the first two lines; docs/benchmarks.md measures it. The causal
-model to compare with (`shipped/autoregressive`) had 4,000 steps of next-token prediction on the same mixture (35 min):
+or, with every block of a trajectory trained at once (docs/packed.md measures it on the variant `quick`),
+
+    cdlm distill --config=configs/tiny.py --config.distill.mode=packed --config.distill.consistency_scope=same_block
+
+The shipped student (`shipped/student`) is that of `collect` and the first `distill`; docs/benchmarks.md measures it.
+The causal model to compare with (`shipped/autoregressive`) had 4,000 steps of next-token prediction on the same mixture
+(35 min):
 
     cdlm pretrain --config=configs/tiny.py:autoregressive
 
@@ -88,6 +93,7 @@ def get_config(variant: str = "full") -> ConfigDict:
         "keep_every": 0,
         "evaluate_every": 0,
         "log_every": 10,
+        "mode": "plain",
         "teacher": "offline",
         "consistency_scope": "later_blocks",
         "weights": {"distill": 1.0, "consistency": 0.5, "dlm": 0.1},

@@ -51,8 +51,8 @@ check_stage() {
   done
   case $1 in
     pretrain | collect | distill) [[ $config ]] || refuse "$1 needs --config=<file>" ;;
-    evaluate) ;;
-    *) refuse "got stage '$1', allowed: pretrain, collect, distill, evaluate" ;;
+    evaluate | generate) ;;
+    *) refuse "got stage '$1', allowed: pretrain, collect, distill, evaluate, generate" ;;
   esac
 }
 

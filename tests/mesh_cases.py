@@ -161,6 +161,10 @@ CASES = {
     "collected": (CONFIG, collected),
     "distilled, LoRA": (CONFIG, partial(distilled, lora_rank=2, accumulate=2)),
     "distilled, online": (SHIFTED, partial(distilled, lora_rank=0, teacher="online", remat=True)),
+    "distilled, packed": (
+        SHIFTED,
+        partial(distilled, lora_rank=2, accumulate=2, remat=True, mode="packed", consistency_scope="same_block"),
+    ),
     "pretrained": (TIED, pretrained),
     "pretrained, causal": (CAUSAL, pretrained),
     "optimized, AdamW": (CONFIG, partial(optimized, name="adamw")),

@@ -170,11 +170,46 @@ def test_prompts_of_a_file(tmp_path):
     assert problems.source == prompt_file(tmp_path, *rows).source != prompt_file(tmp_path, *rows[:1]).source
 
 
-def test_prompts_in_a_chat_template(tmp_path):
-    tokenizer = dataclasses.replace(LETTERS, chat_template=CHAT)
-    problems = prompt_file(tmp_path, {"prompt": "a b", "answer": "c"}, tokenizer=tokenizer)
-    assert problems[0][1] == tasks.Problem("[user]a b$\n[assistant]", "c$")
-    assert len(prompt_file(tmp_path, {"prompt": "a b", "answer": "c"}, tokenizer=tokenizer, prompt_length=21)) == 0
+# Of Dream (as Qwen2.5's, without its system turn and tools) and LLaDA (as Llama 3's, which opens the next turn always).
+DREAM = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+LLADA = (
+    "{% for message in messages %}<|start_header_id|>{{ message.role }}<|end_header_id|>\n\n"
+    "{{ message.content | trim }}<|eot_id|>{% endfor %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "prompt", "answer"),
+    [
+        (CHAT, "[user]a b$\n[assistant]", "c$"),
+        (DREAM, "<|im_start|>user\na b<|im_end|>\n<|im_start|>assistant\n", "c<|im_end|>"),
+        (
+            LLADA,
+            "<|start_header_id|>user<|end_header_id|>\n\na b<|eot_id|>"
+            "<|start_header_id|>assistant<|end_header_id|>\n\n",
+            "c<|eot_id|>",
+        ),
+    ],
+)
+def test_prompts_in_a_chat_template(tmp_path, template, prompt, answer):
+    tokenizer = dataclasses.replace(
+        Tokenizer.characters("abcdefghijklmnopqrstuvwxyz[]<|>_$\n "), chat_template=template
+    )
+    row = {"prompt": "a b", "answer": "c"}
+    problems = prompt_file(tmp_path, row, tokenizer=tokenizer, prompt_length=len(prompt))
+    assert problems[0][1] == tasks.Problem(prompt, answer)
+    assert len(prompt_file(tmp_path, row, tokenizer=tokenizer, prompt_length=len(prompt) - 1)) == 0
+    assert problems.source != prompt_file(tmp_path, row).source  # the template belongs to what a store was made from
+
+
+def test_a_template_that_rewrites_prompts_is_refused(tmp_path):
+    template = "{{ messages | length }}{% for message in messages %}{{ message.content }}{% endfor %}"
+    tokenizer = dataclasses.replace(LETTERS, chat_template=template)
+    with pytest.raises(InputError, match="writes a prompt in another way once it is answered"):
+        prompt_file(tmp_path, {"prompt": "a", "answer": "b"}, tokenizer=tokenizer)
 
 
 @pytest.mark.parametrize(

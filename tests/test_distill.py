@@ -242,11 +242,12 @@ def assert_same(got, expected):
     [
         FULL,
         dataclasses.replace(FULL, lora_rank=4, lora_alpha=8.0),
+        dataclasses.replace(FULL, mode="packed", consistency_scope="same_block"),
         pytest.param(
             dataclasses.replace(FULL, optimizer=dataclasses.replace(ADAMW, name="muon")), marks=pytest.mark.slow
         ),
     ],
-    ids=["full", "lora", "muon"],
+    ids=["full", "lora", "packed", "muon"],
 )
 def test_thirty_steps_lower_the_loss_and_spare_the_teacher(store, config):
     _, trainable, frozen = make_student(STORE_TEACHER, config, jax.random.key(1))
@@ -261,7 +262,10 @@ def test_thirty_steps_lower_the_loss_and_spare_the_teacher(store, config):
 
     assert_same(STORE_TEACHER, teacher)
     assert_same(frozen, untouched)
-    assert_same(frozen.teacher_head, teacher.head)
+    if config.lora_rank:
+        assert frozen.teacher_head is None
+    else:
+        assert_same(frozen.teacher_head, teacher.head)
     for (path, was), now in zip(jax.tree.leaves_with_path(start), jax.tree.leaves(state.trainable), strict=True):
         assert np.abs(now - was).max() > 1e-5, jax.tree_util.keystr(path)
     paths = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(start)]
@@ -324,4 +328,9 @@ def test_a_teacher_network_is_kept_only_where_it_is_asked(asked):
     frozen = make_student(teacher, config_of(teacher=asked), jax.random.key(1))[2]
     assert (frozen.teacher is teacher) == (asked == "online")
     assert (frozen.teacher is None) == (asked == "offline")
-    assert frozen.teacher_head.shape == (CONFIG.hidden_size, CONFIG.vocab_size)
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_head_of_the_teacher_is_kept_only_where_training_changes_the_students(rank):
+    frozen = make_student(random_model(ALIGNMENTS[0]), config_of(lora_rank=rank), jax.random.key(1))[2]
+    assert (frozen.teacher_head is None) == (rank > 0)

@@ -142,8 +142,16 @@ def runs(tmp_path_factory):
 @pytest.mark.slow
 def test_two_processes_do_what_one_does(runs):
     two, one = runs
-    for run in runs:
-        run("collect", "--config=recipe.py")
+    # Two processes begin the store, both die after their first shards, and one alone finishes it.
+    processes = two.start("collect", "--config=recipe.py")
+    while not list((two.folder / "run").glob("trajectories/*-of-00004")):
+        assert all(process.poll() is None for process in processes)
+        time.sleep(0.05)
+    for process in processes:
+        process.kill()
+        process.wait()
+    Run(two.folder, 1, 4)("collect", "--config=recipe.py")
+    one("collect", "--config=recipe.py")
     stores = [read(run.folder / "run" / "trajectories") for run in runs]
     assert stores[0].metadata == stores[1].metadata
     for a, b in zip(*stores, strict=True):
@@ -167,9 +175,11 @@ def test_two_processes_do_what_one_does(runs):
     for ours, theirs in zip(*map(jax.tree.leaves, students), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=2e-5)
 
-    tables = [run("evaluate", "--model=run/student", "--task=chain", "--num=5", "--batch_size=4") for run in runs]
-    scores = [re.findall(r"chain +5 .*", table) for table in tables]
-    assert len(scores[0]) == 1 and scores[0] == scores[1]
+    for run in runs:
+        assert re.search(r"chain +5 ", run("evaluate", "--model=run/student", "--task=chain", "--num=5"))
+        run("generate", "--model=run/student", "--task=chain", "--num=5", "--batch_size=4", "--output=answers.jsonl")
+    answers = [(run.folder / "answers.jsonl").read_text() for run in runs]
+    assert answers[0] == answers[1] and answers[0].count("\n") == 5
 
 
 @pytest.mark.slow
@@ -200,3 +210,29 @@ def test_a_signal_to_one_process_stops_both(runs):
     assert contents(two.folder / "told" / "student") == contents(two.folder / "calm" / "student")
     lines = [json.loads(line) for line in (two.folder / "told" / "distill" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [*range(1, STEPS + 1)]
+
+
+@pytest.mark.slow
+def test_an_error_of_one_process_ends_it(runs):
+    """While its peer waits for it: Python's own end would wait for the peer."""
+    two = runs[0]
+    occupied = two.folder / "occupied" / "trajectories"
+    occupied.mkdir(parents=True)
+    (occupied / "notes.txt").write_text("mine")
+    first, second = two.start("collect", "--config=recipe.py", "--config.work=occupied")
+    assert first.wait(timeout=120) == 2
+    assert "holds 'notes.txt' but no trajectory store" in (two.folder / "collect-0.log").read_text()
+    second.kill()
+    second.wait()
+
+
+@pytest.mark.slow
+def test_processes_with_the_same_rows(runs):
+    """`tensor` crosses two processes of one device: both decode the same rows, and the first one writes them."""
+    folder = runs[0].folder
+    for work, devices, mesh in (("tensor", 1, "2"), ("rows", 2, "1")):
+        sizes = ["--config.mesh.data=1", "--config.mesh.fsdp=-1", f"--config.mesh.tensor={mesh}"]
+        Run(folder, 2, devices)("collect", "--config=recipe.py", f"--config.work={work}", *sizes)
+    for a, b in zip(*(read(folder / name / "trajectories") for name in ("tensor", "rows")), strict=True):
+        np.testing.assert_array_equal(a["tokens"], b["tokens"])
+        np.testing.assert_array_equal(a["order"], b["order"])

@@ -11,9 +11,9 @@ from tiny import TINY
 from cdlm_jax.models.transformer import Transformer
 from cdlm_jax.training import denoising, distill
 from cdlm_jax.training.distill import DistillConfig
-from cdlm_jax.training.flops import RowShape, distill_flops, pretrain_flops
+from cdlm_jax.training.flops import RowShape, decode_flops, distill_flops, pretrain_flops
 from cdlm_jax.training.pretrain import PretrainConfig
-from cdlm_jax.visibility import visible_end
+from cdlm_jax.visibility import packed, visible_end
 
 ROWS = 4
 ROW = RowShape(prompt_length=6, gen_length=8, block_size=4)
@@ -21,6 +21,8 @@ ROW = RowShape(prompt_length=6, gen_length=8, block_size=4)
 
 def test_pairs_are_those_of_the_visibility_rule():
     assert ROW.block_causal_pairs == int(visible_end(jnp.array([6]), 14, 4).sum())
+    layout = packed(jnp.array([6]), 14, 8, 4)
+    assert ROW.packed_pairs == int(layout.visible_end.sum() + (layout.own.end - layout.own.start).sum())
     assert ROW.causal_pairs == sum(range(15)) and ROW.bidirectional_pairs == 196
 
 
@@ -48,10 +50,22 @@ VOCABULARY = 2 * 8 * 16 * 40
 )
 def test_distillation(options, expected):
     config = DistillConfig(steps=1, batch_size=ROWS, **options)
-    assert distill_flops(TINY, config, ROW) == distill_flops(TINY, config, ROW, rematerialized=True) == ROWS * expected
+    assert distill_flops(TINY, config, ROW) == ROWS * expected
+    assert distill_flops(TINY, config, ROW, rematerialized=True) == ROWS * (expected + 4 * VOCABULARY)
     again = distill_flops(TINY, dataclasses.replace(config, remat=True), ROW, rematerialized=True)
     forward = KERNELS + ATTENTION + (ADAPTERS if config.lora_rank else 0)
-    assert again == ROWS * (expected + 2 * forward)
+    assert again == ROWS * (expected + 4 * VOCABULARY + 2 * forward)
+
+
+def test_packed_distillation():
+    config = DistillConfig(steps=1, batch_size=ROWS, lora_rank=0, mode="packed", consistency_scope="same_block")
+    long = KERNELS * 22 // 14 + ATTENTION + 2 * 4 * 16 * (4 * 10 + 4 * 14)  # 8 slots more; blocks that see 10 and 14
+    assert distill_flops(TINY, config, ROW) == ROWS * (4 * long + 3 * (KERNELS + ATTENTION) + 8 * VOCABULARY)
+
+
+def test_a_forward_of_a_decoder():
+    found = decode_flops(TINY, queries=4, keys=14, predicted=4)
+    assert found == KERNELS * 4 // 14 + 2 * 4 * 16 * 4 * 14 + VOCABULARY // 2
 
 
 def test_pretraining():
@@ -64,11 +78,10 @@ def test_pretraining():
 
 def compiled(loss_fn, trainable, frozen, names) -> float:
     """FLOPs of a gradient, as the compiler counts them. It counts a loop's body once: one layer, one tile."""
-    d = frozen.teacher_head.shape[0] if hasattr(frozen, "teacher_head") else 0
     shapes = {name: jax.ShapeDtypeStruct((ROWS, ROW.gen_length), jnp.int32) for name in ("tokens", "order", "answer")}
     shapes["prompt"] = jax.ShapeDtypeStruct((ROWS, ROW.prompt_length), jnp.int32)
     shapes["prompt_length"] = jax.ShapeDtypeStruct((ROWS,), jnp.int32)
-    shapes["hidden"] = jax.ShapeDtypeStruct((ROWS, ROW.gen_length, d), jnp.float32)
+    shapes["hidden"] = jax.ShapeDtypeStruct((ROWS, ROW.gen_length, WIDE.hidden_size), jnp.float32)
     keys = jax.random.split(jax.random.key(0), ROWS)
     gradient = jax.jit(jax.grad(lambda *arguments: loss_fn(*arguments)[0]))
     batch = {name: shapes[name] for name in names}

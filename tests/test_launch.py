@@ -61,8 +61,8 @@ def test_is_executable_strict_and_explains_itself(script):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "got stage '', allowed: pretrain, collect, distill, evaluate"),
-        (["destill", "--config=a.py"], "got stage 'destill', allowed: pretrain, collect, distill, evaluate"),
+        ([], "got stage '', allowed: pretrain, collect, distill, evaluate, generate"),
+        (["destill", "--config=a.py"], "got stage 'destill', allowed: pretrain, collect, distill, evaluate, generate"),
         (["distill"], "distill needs --config=<file>"),
         (["distill", "--config="], "distill needs --config=<file>"),
         (["distill", "--config=a.py", "steps=3"], "unexpected argument 'steps=3'"),

@@ -35,7 +35,18 @@ FLOORS = [
     {"model_folder"},
     {"models"},
     {"kernels"},
-    {"visibility", "config", "sharding", "distributed", "chips", "preemption", "tasks", "tokenizers", "data"},
+    {
+        "visibility",
+        "config",
+        "sharding",
+        "distributed",
+        "chips",
+        "preemption",
+        "platforms",
+        "tasks",
+        "tokenizers",
+        "data",
+    },
 ]
 FLOOR = {name: len(FLOORS) - number for number, floor in enumerate(FLOORS) for name in floor}
 MAX_LINES = 400

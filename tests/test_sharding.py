@@ -39,7 +39,7 @@ CORE = (
 FEW = ("forward", "autoregressive, sampled")
 PLANS = (  # two processes, since there may be two cores
     {"2x2x2": (*CORE, "distilled, LoRA"), "8x1x1": FEW},
-    {"1x2x4": (*CORE, "distilled, online"), "1x8x1": FEW},
+    {"1x2x4": (*CORE, "distilled, online", "distilled, packed"), "1x8x1": FEW},
 )
 LARGEST_DIFFERENCE = 1e-5
 
@@ -172,6 +172,7 @@ def test_without_a_mesh_nothing_changes():
 def start(*arguments):
     env = os.environ | {
         "JAX_PLATFORMS": "cpu",
+        "TF_CPP_MIN_LOG_LEVEL": "0",  # or XLA's notes are not written
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # compiling is most of the time
         "PYTHONPATH": str(TESTS.parent),
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8",

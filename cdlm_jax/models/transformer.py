@@ -11,6 +11,7 @@ from cdlm_jax import sharding
 from cdlm_jax.config import ModelConfig
 from cdlm_jax.kernels.block_attention import block_attention
 from cdlm_jax.models.cache import KVCache
+from cdlm_jax.visibility import Span
 
 
 class Linear(nnx.Module):
@@ -144,13 +145,15 @@ class Transformer(nnx.Module):
         positions: jax.Array | None = None,
         visible_end: jax.Array | None = None,
         valid_start: jax.Array | None = None,
+        own: Span | None = None,
         remat: bool = False,
     ) -> jax.Array:
         """Whole sequences without a cache: tokens [rows, S] int32 -> hidden [rows, S, d], final norm applied.
 
         Row i of the result is what the lm_head turns into logits row i (see `config.logit_alignment` for the token it
         predicts). positions [rows, S] default to 0..S-1; visible_end [rows, S] defaults to full bidirectional
-        attention; valid_start [rows] hides left padding. `remat` recomputes each layer in a backward pass.
+        attention; valid_start [rows] hides left padding; `own` adds a range to what a position sees
+        (`visibility.packed`). `remat` recomputes each layer in a backward pass.
         """
         if positions is None:
             positions = jnp.arange(tokens.shape[1])[None]
@@ -161,7 +164,7 @@ class Transformer(nnx.Module):
         def step(x, layer):
             q, k, v = layer.project(x, angles)
             with jax.named_scope("attention"):
-                attended = block_attention(q, k, v, visible_end=visible_end, valid_start=valid_start)
+                attended = block_attention(q, k, v, visible_end=visible_end, valid_start=valid_start, own=own)
             return layer.update(x, attended), None
 
         step = jax.checkpoint(step) if remat else step

@@ -48,14 +48,16 @@ class Checkpoints:
     def restore(self, like: TrainState) -> tuple[TrainState, dict] | None:
         """The latest state, placed like `like`, and the data iterator's state; None where there is no checkpoint.
 
-        The mesh of `like` may have another shape than the one that it was saved from. InputError for the checkpoint of
-        another run, and for one that is damaged.
+        The mesh of `like` may have another shape than the one that it was saved from. Its arrays give up their memory
+        to those that are read. InputError for the checkpoint of another run, and for one that is damaged.
         """
         latest = self._checkpointer.latest
         if latest is None:
             return None
         try:
-            return self._read(latest.step, like)
+            place = self._checkpointer.metadata(latest.step).custom_metadata
+            self._refuse_another_run(place["settings"])
+            return self._read(latest.step, like), place["iterator"]
         except InputError:
             raise
         except Exception as error:  # of many kinds, whose messages are pages long
@@ -63,18 +65,22 @@ class Checkpoints:
             found = f"the checkpoint {path} cannot be read ({type(error).__name__})"
             raise InputError(f"{found}; if it is damaged, remove it to continue from the one before") from error
 
-    def _read(self, step: int, like: TrainState) -> tuple[TrainState, dict]:
-        place = self._checkpointer.metadata(step).custom_metadata
-        theirs, ours = _flat(place["settings"]), _flat(self._settings)
+    def _refuse_another_run(self, settings: dict) -> None:
+        theirs, ours = _flat(settings), _flat(self._settings)
         for name in sorted(theirs.keys() | ours.keys()):
             if theirs.get(name) != ours.get(name):
                 raise InputError(
                     f"{self._checkpointer.directory} holds checkpoints of another run: {name} is {theirs.get(name)!r} "
                     f"there, {ours.get(name)!r} here; use another work folder or remove this one"
                 )
+
+    def _read(self, step: int, like: TrainState) -> TrainState:
         names = _tree(like)  # in the state's own order, which the stored dict does not keep
-        stored = self._checkpointer.load(step, names)
-        return jax.tree.unflatten(jax.tree.structure(like), [stored[name] for name in names]), place["iterator"]
+        shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for name, x in names.items()}
+        for array in names.values():
+            array.delete()
+        stored = self._checkpointer.load(step, shapes)
+        return jax.tree.unflatten(jax.tree.structure(like), [stored[name] for name in names])
 
     def close(self) -> None:
         self._checkpointer.close()

@@ -1,7 +1,8 @@
 """The CDLM objective (section 3.3): three losses of the block-causal student on one teacher trajectory."""
 
 import dataclasses
-from typing import Literal
+from functools import partial
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from cdlm_jax.kernels.vocab import confidence
 from cdlm_jax.models import lora
 from cdlm_jax.models.transformer import Transformer
 from cdlm_jax.sharding import by_rows
+from cdlm_jax.training import packed
 from cdlm_jax.training.loop import LoopConfig
 from cdlm_jax.training.losses import (
     LLADA,
@@ -22,7 +24,7 @@ from cdlm_jax.training.losses import (
     masked_denoising_loss,
 )
 from cdlm_jax.training.optimizer import OptimizerConfig
-from cdlm_jax.trajectories.states import SCOPES, masked_response, sample_states
+from cdlm_jax.trajectories.states import SCOPES, State, masked_response, sample_states
 from cdlm_jax.visibility import row_end, visible_end
 
 
@@ -30,6 +32,8 @@ from cdlm_jax.visibility import row_end, visible_end
 class DistillConfig(LoopConfig):
     """How to train a student.
 
+    mode: `plain` trains on one state of each trajectory, as the paper does; `packed` on one of each of its blocks, in
+        one longer row (`training/packed.py`, docs/packed.md).
     teacher: `offline` rebuilds the teacher's distribution from the stored hidden rows, `online` asks the frozen
         network at each state.
     lora_rank: 0 trains all parameters.
@@ -38,6 +42,7 @@ class DistillConfig(LoopConfig):
 
     batch_size: int = 64
     accumulate: int = 1
+    mode: Literal["plain", "packed"] = "plain"
     teacher: Literal["offline", "online"] = "offline"
     consistency_scope: str = "later_blocks"
     weights: LossWeights = LLADA
@@ -57,6 +62,13 @@ class DistillConfig(LoopConfig):
             raise InputError(f"distill.teacher must be offline or online, got {self.teacher!r}")
         if self.consistency_scope not in SCOPES:
             raise InputError(f"distill.consistency_scope must be {' or '.join(SCOPES)}, got {self.consistency_scope!r}")
+        if self.mode not in ("plain", "packed"):
+            raise InputError(f"distill.mode must be plain or packed, got {self.mode!r}")
+        if self.mode == "packed" and (self.teacher, self.consistency_scope) != ("offline", "same_block"):
+            raise InputError(
+                "distill.mode packed needs distill.teacher offline and distill.consistency_scope same_block"
+                f" (docs/packed.md says why), got {self.teacher} and {self.consistency_scope}"
+            )
         if self.lora_rank < 0:
             raise InputError(f"distill.lora_rank must be 0 (train everything) or more, got {self.lora_rank}")
         if not 0 <= self.ema_decay < 1:
@@ -69,12 +81,25 @@ class Frozen:
     """What a distillation step reads and never changes.
 
     student: nnx.State of the parameters that are not trained; teacher_head: [d, V], turns stored hidden rows into the
-    teacher's distribution; teacher: the frozen network when it is asked online, else None.
+    teacher's distribution, None where it is the student's too (LoRA leaves it alone); teacher: the frozen network when
+    it is asked online, else None.
     """
 
     student: nnx.State
-    teacher_head: jax.Array
+    teacher_head: jax.Array | None
     teacher: Transformer | None
+
+
+class Compared(NamedTuple):
+    """What the losses compare: hidden rows that predict the tokens at their place. Trajectories are [rows, L], or in
+    packed form [rows * blocks, B]; the answer is [rows, L] in both."""
+
+    tokens: jax.Array  # the trajectory's final ones
+    state: State
+    teacher: jax.Array
+    at_y: jax.Array
+    at_completed: jax.Array  # a constant
+    at_noised: jax.Array  # the student at the partly masked answer
 
 
 def make_student(teacher: Transformer, config: DistillConfig, key: jax.Array):
@@ -87,7 +112,8 @@ def make_student(teacher: Transformer, config: DistillConfig, key: jax.Array):
         # Float32 masters, so that small updates of bfloat16 weights are not rounded away; and copies in any case, since
         # a train step donates its state and the teacher must survive it.
         trainable = jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), trainable)
-    frozen = Frozen(rest, teacher.head, teacher if config.teacher == "online" else None)
+    head = None if config.lora_rank else teacher.head
+    frozen = Frozen(rest, head, teacher if config.teacher == "online" else None)
     return graphdef, trainable, frozen
 
 
@@ -109,42 +135,67 @@ def make_loss(graphdef: nnx.GraphDef, config: DistillConfig, block_size: int):
     def block_causal(lengths, seq_len):
         return visible_end(lengths, seq_len, block_size)
 
-    def loss_fn(trainable, frozen: Frozen, batch, keys, step):
-        if not config.lora_rank:
-            trainable = jax.tree.map(lambda x: x.astype(frozen.teacher_head.dtype), trainable)
-        student = nnx.merge(graphdef, trainable, frozen.student)
-        mask_id, head = student.config.mask_token_id, student.head
-        state_keys, noise_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
+    def plain(student, frozen, batch, noised, keys) -> Compared:
+        """One state of each trajectory: a forward for y and the noised answer together, one without gradient for y*."""
+        tokens, mask_id = batch["tokens"], student.config.mask_token_id
         state = sample_states(
-            batch["tokens"],
+            tokens,
             batch["order"],
-            state_keys,
+            keys,
             block_size=block_size,
             mask_token_id=mask_id,
             scope=config.consistency_scope,
         )
-        noised = masked_response(batch["answer"], noise_keys, mask_token_id=mask_id)
-
-        # One forward for y and the noised answer together, one without gradient for y*.
         twice = {name: _interleaved(batch[name], batch[name]) for name in ("prompt", "prompt_length")}
-        both = response_hidden(student, twice, _interleaved(state.tokens, noised.tokens), block_causal)
+        both = response_hidden(student, twice, _interleaved(state.tokens, noised), block_causal)
         pairs = by_rows(both.reshape(-1, 2, *both.shape[1:]))
         at_y, at_noised = pairs[:, 0], pairs[:, 1]
         at_completed = response_hidden(jax.lax.stop_gradient(student), batch, state.completed, block_causal)
         if frozen.teacher is None:
-            teacher_hidden = batch["hidden"].astype(at_y.dtype)
+            teacher = batch["hidden"]
         else:
-            length = batch["tokens"].shape[1]
-            whole = lambda lengths, seq_len: row_end(lengths, length, seq_len)  # noqa: E731
-            teacher_hidden = response_hidden(frozen.teacher, batch, state.tokens, whole)
+            whole = lambda lengths, seq_len: row_end(lengths, tokens.shape[1], seq_len)  # noqa: E731
+            teacher = response_hidden(frozen.teacher, batch, state.tokens, whole)
+        return Compared(tokens, state, teacher, at_y, at_completed, at_noised)
 
+    def by_blocks(student, frozen, batch, noised, keys) -> Compared:
+        """One state of each block: a packed forward for y, one without gradient for y*. The noised answer, in which
+        every block is masked in part anyway, is that of the plain form."""
+        prompt = batch["prompt"], batch["prompt_length"], batch["tokens"]
+        hidden = partial(packed.block_hidden, remat=config.remat)
+        state = packed.block_states(
+            batch["tokens"], batch["order"], keys, block_size=block_size, mask_token_id=student.config.mask_token_id
+        )
+        return Compared(
+            packed.split(batch["tokens"], block_size),
+            state,
+            teacher=packed.split(batch["hidden"], block_size),
+            at_y=hidden(student, *prompt, state.tokens),
+            at_completed=hidden(jax.lax.stop_gradient(student), *prompt, state.completed),
+            at_noised=response_hidden(student, batch, noised, block_causal),
+        )
+
+    compare = by_blocks if config.mode == "packed" else plain
+
+    def loss_fn(trainable, frozen: Frozen, batch, keys, step):
+        if not config.lora_rank:
+            trainable = jax.tree.map(lambda x: x.astype(frozen.teacher_head.dtype), trainable)
+        student = nnx.merge(graphdef, trainable, frozen.student)
+        head = student.head
+        state_keys, noise_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
+        noised = masked_response(batch["answer"], noise_keys, mask_token_id=student.config.mask_token_id)
+        tokens, state, teacher, at_y, at_completed, at_noised = compare(
+            student, frozen, batch, noised.tokens, state_keys
+        )
         losses = {
-            "distill": distillation_loss(teacher_hidden, at_y, head, state.newly, teacher_head=frozen.teacher_head),
+            "distill": distillation_loss(
+                teacher.astype(at_y.dtype), at_y, head, state.newly, teacher_head=frozen.teacher_head
+            ),
             "consistency": consistency_loss(at_completed, at_y, head, state.remaining),
             "dlm": masked_denoising_loss(at_noised, head, batch["answer"], noised.masked, noised.t),
         }
         loss = sum(getattr(config.weights, name) * value for name, value in losses.items())
-        agrees = confidence(jax.lax.stop_gradient(at_y), jax.lax.stop_gradient(head)).token == batch["tokens"]
+        agrees = confidence(jax.lax.stop_gradient(at_y), jax.lax.stop_gradient(head)).token == tokens
         agreement = jnp.sum(agrees & state.newly, axis=1) / jnp.sum(state.newly, axis=1)  # U is never empty
         return loss, {**losses, "agreement": agreement.mean()}
 

@@ -1,4 +1,4 @@
-"""Model FLOPs of a training step, counted by hand: what the method needs, however a program comes to it.
+"""Model FLOPs, counted by hand: what the method needs, however a program comes to it.
 
 A multiply-add is two FLOPs. Only matrix products count, as usual for model FLOPs utilization (PaLM, 2204.02311,
 appendix B), and of attention only the pairs that the visibility rule lets see each other. Prompts count at full length.
@@ -30,6 +30,13 @@ class RowShape:
         return self.prompt_length * self.length + self.block_size**2 * blocks * (blocks + 1) // 2
 
     @property
+    def packed_pairs(self) -> int:
+        """Those of the clean row, and those of its noisy blocks (`visibility.packed`)."""
+        blocks = self.gen_length // self.block_size
+        noisy = self.prompt_length * self.gen_length + self.block_size**2 * blocks * (blocks + 1) // 2
+        return self.block_causal_pairs + noisy
+
+    @property
     def causal_pairs(self) -> int:
         return self.length * (self.length + 1) // 2
 
@@ -41,21 +48,33 @@ class RowShape:
 def distill_flops(model: ModelConfig, config: DistillConfig, row: RowShape, *, rematerialized: bool = False) -> float:
     """Of one update on `config.batch_size` rows: three student forwards, two of them with a backward pass.
 
-    An online teacher adds its forward; `rematerialized`, the layers that `config.remat` runs again.
+    An online teacher adds its forward. `rematerialized` adds what is computed again in the backward pass: the layers
+    with `config.remat`, and the logits, which the losses do not keep.
     """
-    adapters = 2 * row.length * model.num_layers * _adapter_size(model, config.lora_rank)
-    attention = _attention(model, row.block_causal_pairs)
-    forward = _kernels(model, row.length) + adapters + attention
-    # The gradients of a product are two more of its size, of a frozen kernel's just one.
-    backward = 2 * forward - (_kernels(model, row.length) if config.lora_rank else 0)
+
+    def layers(length: int, pairs: int) -> tuple[int, int]:
+        """(forward, backward) of all layers."""
+        kernels = _kernels(model, length)
+        adapters = 2 * length * model.num_layers * _adapter_size(model, config.lora_rank)
+        forward = kernels + adapters + _attention(model, pairs)
+        # The gradients of a product are two more of its size, of a frozen kernel's just one.
+        again = forward if rematerialized and config.remat else 0
+        return forward, 2 * forward - (kernels if config.lora_rank else 0) + again
+
+    plain = layers(row.length, row.block_causal_pairs)
+    states = layers(row.length + row.gen_length, row.packed_pairs) if config.mode == "packed" else plain
+    total = 2 * states[0] + states[1] + sum(plain)  # y, y* without a backward pass, and the noised answer
     # Logits of the teacher and the student at y, of the student at y* and at the noised answer; two have gradients.
-    logits = (4 + 2 * (1 if config.lora_rank else 2)) * _vocabulary(model, row.gen_length)
-    total = 3 * forward + 2 * backward + logits
+    looks = 4 + 2 * (1 if config.lora_rank else 2) + (4 if rematerialized else 0)
+    total += looks * _vocabulary(model, row.gen_length)
     if config.teacher == "online":
         total += _kernels(model, row.length) + _attention(model, row.bidirectional_pairs)
-    if rematerialized and config.remat:
-        total += 2 * forward
     return float(config.batch_size * total)
+
+
+def decode_flops(model: ModelConfig, *, queries: int, keys: int, predicted: int) -> float:
+    """Of one forward of one row without gradient: `queries` positions that see `keys` each, logits of `predicted`."""
+    return float(_kernels(model, queries) + _attention(model, queries * keys) + _vocabulary(model, predicted))
 
 
 def pretrain_flops(model: ModelConfig, config: PretrainConfig, row: RowShape) -> float:

@@ -22,7 +22,9 @@ class MetricsLog:
         self._board = _board(folder / "tensorboard", start) if self._writes else None
         if self._writes and self._path.exists():
             lines = self._path.read_text().splitlines(keepends=True)
-            self._path.write_text("".join(line for line in lines if _before(line, start)))
+            kept = self._path.with_suffix(".partial")
+            kept.write_text("".join(line for line in lines if _before(line, start)))
+            kept.replace(self._path)
         self.status = ""
         self._restart()
 

@@ -15,7 +15,8 @@ class Profile:
 
     def __init__(self, folder: Path, start: int, end: int):
         first = start + min(WARM_UP, max(0, end - start - STEPS))
-        self._folder, self._steps = folder, range(first, min(first + STEPS, end))
+        self._folder = folder
+        self._steps = range(first, min(first + STEPS, end)) if jax.process_index() == 0 else range(0)
         self._running = False
 
     @contextlib.contextmanager

@@ -17,7 +17,7 @@ from cdlm_jax.data import Encoder, Problems
 from cdlm_jax.decoding import naive
 from cdlm_jax.distributed import Agreement, agreed, barrier, is_main, own_rows, row_group
 from cdlm_jax.models.transformer import Transformer
-from cdlm_jax.sharding import local_rows, place, row_pieces
+from cdlm_jax.sharding import check_rows, local_rows, place
 from cdlm_jax.trajectories.store import Metadata, Record, Store, bytes_per_shard
 
 
@@ -78,10 +78,7 @@ def collect(
     the work. Each group of processes (`distributed.row_group`) works on a shard of its own, which its first one writes.
     """
     group, groups, writes = row_group()
-    if config.batch_size % row_pieces():
-        raise InputError(
-            f"collect.batch_size {config.batch_size} must be a multiple of {row_pieces()}: the mesh's data * fsdp"
-        )
+    check_rows(config.batch_size)
     metadata = Metadata(
         model_fingerprint=model_fingerprint,
         tokenizer_fingerprint=encoder.tokenizer.fingerprint(),

@@ -4,8 +4,7 @@ A trajectory finalizes exactly one token per step, blocks left to right, so `ord
 each position got its token) holds every intermediate state: after k steps, the positions with order < k show their
 final token and the others the mask. State k lies in block k // block_size, the one its next step works on.
 
-A packed form (several states of one trajectory in one row, under one visibility rule) can be built from the same
-`State` fields, stacked along the sequence.
+A block alone, its order counted from 0, is a trajectory of L = block_size as well (`training/packed.py`).
 """
 
 from typing import NamedTuple
