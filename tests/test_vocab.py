@@ -378,7 +378,7 @@ def test_noise_is_gumbel_and_independent():
     assert np.isfinite(noise).all() and noise.max() > 10  # of 2**20, the largest is about log(2**20) = 13.9
 
 
-@few
+@settings(few, max_examples=6)
 @given(shapes, st.integers(1, 45), st.sampled_from([0.3, 1.0, 2.0]), st.sets(st.integers(0, 40), max_size=4))
 def test_draws_are_the_reference_s(shape, tile, temperature, forbidden):
     shape["vocab"] += 5  # something must remain

@@ -90,7 +90,8 @@ def test_memory_without_the_kernels(gradients):
 def test_kernels_on_a_mesh(config):
     """By default, since the devices are TPUs; no device ever holds a whole head, which would be an all-gather of it."""
     d, vocab = DREAM
-    with jax.set_mesh(mesh("v5e", config)) as devices:
+    devices = mesh("v5e", config)
+    with jax.set_mesh(devices):
 
         def placed(shape, dtype, *axes):
             return Shape(shape, dtype, sharding=jax.NamedSharding(devices, sharding.spec(*axes)))
