@@ -28,6 +28,7 @@ from cdlm_jax.decoding import cdlm, common, naive
 from cdlm_jax.decoding.progress import DecodeResult, response_lengths, take_rows
 from cdlm_jax.decoding.unmask import EntropyBudget, Factor, Margin, Quota, Threshold
 from cdlm_jax.kernels.vocab import Confidence
+from cdlm_jax.kernels.vocab.noise import Seeds, gumbel
 from cdlm_jax.models.hf import load_model
 from cdlm_jax.models.transformer import Transformer
 from cdlm_jax.trajectories.collect import trajectories
@@ -255,7 +256,9 @@ def look(logits, config, key):
     p = np.exp(log_p)
     score = z.copy()
     if config.temperature > 0:
-        score = z / config.temperature + np.asarray(jax.random.gumbel(key, z.shape, mode="high"))
+        words = jax.random.key_data(key)
+        noise = gumbel(Seeds(words[0], words[1], np.arange(len(z), dtype=np.uint32)[:, None]), np.arange(z.shape[1]))
+        score = z / config.temperature + np.asarray(noise)
     score[:, MASK] = -math.inf
     token = score.argmax(axis=1)
     second, first = np.sort(np.delete(p, MASK, axis=1), axis=1)[:, -2:].T
@@ -453,10 +456,9 @@ def test_no_host_round_trip_and_no_logits_of_whole_rows(config):
     assert program.count("stablehlo.while") >= 1
     assert not re.search("callback|infeed|outfeed|send|recv", program)
     shapes = {tuple(map(int, dims[:-1].split("x"))) for dims in re.findall(r"tensor<((?:\d+x)+)\w+>", program)}
-    assert (ROWS, BLOCK, vocab) in shapes
-    words = 2 if config.temperature > 0 else 1  # random ones per logit
+    assert (ROWS * BLOCK, vocab) in shapes
     largest = max(math.prod(shape) for shape in shapes if shape != (CONFIG.hidden_size, vocab))
-    assert largest == words * ROWS * BLOCK * vocab
+    assert largest == ROWS * BLOCK * vocab
 
 
 def test_inside_a_callers_jit():

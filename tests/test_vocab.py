@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cdlm_jax.config import InputError
-from cdlm_jax.kernels.vocab import confidence, linear_kl, linear_nll, reference
+from cdlm_jax.kernels.vocab import confidence, linear_kl, linear_nll, reference, xla
+from cdlm_jax.kernels.vocab.noise import Seeds, gumbel, threefry
 
 
 def log_softmax(z):
@@ -110,8 +111,8 @@ def test_forbidden_is_never_the_answer_but_keeps_its_probability(shape, tile, wh
     hidden, _, head, *_ = inputs(**shape)
     top = int(reference.confidence(hidden, head).token[0])
     forbidden = {"first": 0, "last": shape["vocab"] - 1, "any": shape["seed"] % shape["vocab"], "top": top}[which]
-    got = jax.jit(partial(confidence, tile=tile, forbidden=forbidden))(hidden, head)
-    plain = reference.confidence(hidden, head, forbidden)
+    got = jax.jit(partial(confidence, tile=tile, forbidden=(forbidden,)))(hidden, head)
+    plain = reference.confidence(hidden, head, (forbidden,))
     assert got.token.dtype == jnp.int32 and not (got.token == forbidden).any()
     np.testing.assert_array_equal(got.token, plain.token)
     for a, b in zip(got[1:], plain[1:], strict=True):
@@ -126,7 +127,7 @@ def test_a_forbidden_id_far_above_all_others(tile, forbidden):
     """In the first tile (one column wide at tile 3), a middle one, and the last; ties of the others stay in order."""
     z = np.array([[1, 2, 3, 3, 0, 3, 1, 2, 3, 1], [0] * 10], np.float32)
     z[:, forbidden] = 60
-    got = confidence(z, np.eye(10, dtype=np.float32), tile=tile, forbidden=forbidden)
+    got = confidence(z, np.eye(10, dtype=np.float32), tile=tile, forbidden=(forbidden,))
     np.testing.assert_array_equal(got.token, [2, 1 if forbidden == 0 else 0])
     np.testing.assert_array_equal(got.margin, [0, 0])
     np.testing.assert_allclose(got.probability, np.exp([3.0 - 60, 0.0 - 60]), rtol=1e-5)
@@ -262,6 +263,44 @@ def test_logits_are_never_materialized():
     assert largest_array(decode) <= n * 64
 
 
+@pytest.mark.parametrize("gradients", [(), (0,), (0, 1)])
+def test_memory_at_full_size(gradients):
+    """Temporaries below 1/20 of one float32 [n, V], of Dream's head and 64 rows of 256 tokens. In float32: the CPU's
+    compiler widens a bfloat16 head as a whole first (tests/aot has what a TPU's does with it)."""
+    n, d, vocab = 16384, 3584, 152064
+    shape = partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+    hidden, head, weights = shape((n, d)), shape((d, vocab)), shape((n,))
+    targets = shape((n,), dtype=jnp.int32)
+
+    def kl(student, head, teacher, weights):
+        return linear_kl(teacher, student, head, weights)
+
+    for loss, arguments in (
+        (kl, (hidden, head, hidden, weights)),
+        (linear_nll, (hidden, head, targets, weights)),
+    ):
+        program = jax.jit(jax.value_and_grad(loss, gradients) if gradients else loss).lower(*arguments).compile()
+        assert program.memory_analysis().temp_size_in_bytes < n * vocab * 4 / 20
+
+
+@pytest.mark.parametrize("tile", [16, 64])
+def test_chunks_of_rows_change_nothing(tile, monkeypatch):
+    teacher, student, teacher_head, head, targets, weights = inputs(n=23)
+
+    def run():
+        def losses(student, head):
+            kl = linear_kl(teacher, student, head, weights, teacher_head=teacher_head, tile=tile)
+            return kl + linear_nll(student, head, targets, weights, tile=tile)
+
+        seen = confidence(student, head, forbidden=(3,), tile=tile, temperature=0.5, key=jax.random.key(0))
+        return jax.value_and_grad(losses, (0, 1))(student, head), seen
+
+    whole = run()
+    monkeypatch.setattr(xla, "CHUNK", 5)
+    for a, b in zip(jax.tree.leaves(run()), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
 def test_a_small_vocabulary_compiles_without_a_loop():
     teacher, _, _, head, *_ = inputs()
     assert "while" not in jax.jit(confidence).lower(teacher, head).compile().as_text()
@@ -292,6 +331,108 @@ def test_wrong_rows_are_refused():
         linear_nll(student, head, targets[1:], weights)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": -1.0}, "temperature must be 0 or more, got -1.0"),
+        ({"temperature": math.nan}, "temperature must be 0 or more, got nan"),
+        ({"temperature": 0.5}, "temperature above 0 needs a random key, got none"),
+        ({"temperature": 0.5, "key": jnp.zeros(2, jnp.uint32)}, r"whose shape begins \(12,\); got uint32 \(2,\)"),
+        ({"temperature": 0.5, "key": jax.random.split(jax.random.key(0), 5)}, r"begins \(12,\); got key<fry> \(5,\)"),
+        ({"forbidden": tuple(range(50))}, "forbidden holds 50 tokens, of a vocabulary of 50"),
+        ({"implementation": "gpu"}, "unknown implementation 'gpu' of the vocabulary, allowed: 'tpu', 'xla'"),
+        ({"implementation": "tpu"}, "implementation 'tpu' cannot run here: the device is a cpu; allowed: 'xla'"),
+    ],
+)
+def test_what_confidence_refuses(options, message):
+    hidden, _, _, head, *_ = inputs()
+    with pytest.raises(InputError, match=message):
+        confidence(hidden, head, **options)
+
+
+# ---- draws ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("key", "count", "expected"),
+    [
+        ((0, 0), (0, 0), (0x6B200159, 0x99BA4EFE)),
+        ((2**32 - 1,) * 2, (2**32 - 1,) * 2, (0x1CB996FC, 0xBB002BE7)),
+        ((0x13198A2E, 0x03707344), (0x243F6A88, 0x85A308D3), (0xC4923A9C, 0x483DF7A0)),
+    ],
+)
+def test_threefry_gives_the_published_answers(key, count, expected):
+    words = [tuple(map(jnp.uint32, pair)) for pair in (key, count)]
+    assert tuple(map(int, threefry(*words))) == expected
+
+
+def test_noise_is_gumbel_and_independent():
+    """Of 2**20 numbers: the distribution function at each (Kolmogorov-Smirnov), and neighbours along both axes."""
+    size = 2**10
+    seeds = Seeds(jnp.uint32(1), jnp.uint32(2), jnp.arange(size, dtype=jnp.uint32)[:, None])
+    noise = np.asarray(gumbel(seeds, jnp.arange(size)), np.float64)
+    u = np.exp(-np.exp(-np.sort(noise, axis=None)))
+    assert np.abs(u - (np.arange(u.size) + 0.5) / u.size).max() < 2 / size
+    for a, b in ((noise[1:], noise[:-1]), (noise[:, 1:], noise[:, :-1])):
+        assert abs(np.corrcoef(a.ravel(), b.ravel())[0, 1]) < 5 / size
+    assert np.isfinite(noise).all() and noise.max() > 10  # of 2**20, the largest is about log(2**20) = 13.9
+
+
+@settings(few, max_examples=6)
+@given(shapes, st.integers(1, 45), st.sampled_from([0.3, 1.0, 2.0]), st.sets(st.integers(0, 40), max_size=4))
+def test_draws_are_the_reference_s(shape, tile, temperature, forbidden):
+    shape["vocab"] += 5  # something must remain
+    hidden, _, head, *_ = inputs(**shape)
+    key = jax.random.key(shape["seed"])
+    options = {"temperature": temperature, "forbidden": tuple(sorted(forbidden)), "key": key}
+    got = jax.jit(partial(confidence, tile=tile, **options))(hidden, head)
+    words = jnp.broadcast_to(jax.random.key_data(key), (shape["n"], 2))
+    seeds = Seeds(words[:, 0], words[:, 1], jnp.arange(shape["n"], dtype=jnp.uint32))
+    plain = reference.confidence(hidden, head, options["forbidden"], temperature, seeds)
+    np.testing.assert_array_equal(got.token, plain.token)
+    assert not set(got.token.tolist()) & forbidden
+    for a, b in zip(got[1:], plain[1:], strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("tile", [7, 64])
+def test_draws_follow_the_tempered_distribution(tile):
+    temperature, draws, vocab = 0.6, 20000, 20
+    z = np.random.default_rng(0).normal(size=vocab).astype(np.float32)
+    weights = np.exp(z.astype(np.float64) / temperature)
+    weights[[2, 5]] = 0
+    got = confidence(
+        jnp.ones((draws, 1)), z[None], temperature=temperature, key=jax.random.key(5), forbidden=(5, 2), tile=tile
+    )
+    expected = draws * weights / weights.sum()
+    counts = np.bincount(got.token, minlength=vocab)
+    assert not counts[[2, 5]].any()
+    kept = expected > 0
+    statistic = ((counts - expected)[kept] ** 2 / expected[kept]).sum()
+    freedom = kept.sum() - 1
+    assert statistic < freedom + 4 * math.sqrt(2 * freedom)  # mean and spread of its distribution
+    p = np.exp(log_softmax(z.astype(np.float64)))
+    np.testing.assert_allclose(got.probability, p[np.asarray(got.token)], rtol=1e-5)  # neither tempered nor noised
+
+
+def test_draws_depend_on_key_place_and_token_only():
+    hidden, _, _, head, *_ = inputs(n=24, vocab=300)
+    draw = partial(confidence, head=head, temperature=1.0)
+    key = jax.random.key(1)
+    together = draw(hidden, key=key).token
+    np.testing.assert_array_equal(draw(hidden.reshape(2, 3, 4, -1), key=key).token.ravel(), together)
+    np.testing.assert_array_equal(draw(hidden[:7], key=key).token, together[:7])
+    assert (draw(hidden, key=jax.random.key(2)).token != together).mean() > 0.5
+    keys = jax.random.split(key, 2)
+    rows = draw(hidden.reshape(2, 12, -1), key=keys).token
+    for row in range(2):
+        np.testing.assert_array_equal(rows[row], draw(hidden.reshape(2, 12, -1)[row], key=keys[row]).token)
+    same = draw(jnp.broadcast_to(hidden[0], (24, 8)), key=key).token
+    assert len(set(same.tolist())) > 6  # places are drawn apart
+    each = draw(hidden, key=jax.random.split(key, 24)).token
+    np.testing.assert_array_equal(draw(hidden[::-1], key=jax.random.split(key, 24)[::-1]).token, each[::-1])
+
+
 ON_A_MESH = """
 import jax, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
@@ -307,7 +448,9 @@ def run(teacher, student, head, targets, weights):
     def loss(student, head):
         kl = linear_kl(teacher, student, head, weights, tile=16)
         return kl + linear_nll(student, head, targets, weights, tile=16)
-    return jax.value_and_grad(loss, (0, 1))(student, head), confidence(student, head, tile=16, forbidden=20)
+    seen = confidence(student, head, tile=16, forbidden=(20,))
+    drawn = confidence(student, head, tile=16, forbidden=(20,), temperature=0.7, key=jax.random.key(3))
+    return jax.value_and_grad(loss, (0, 1))(student, head), seen, drawn
 
 expected = run(teacher, student, head, targets, weights)
 mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)

@@ -8,7 +8,7 @@ import numpy as np
 
 from cdlm_jax.config import InputError, LogitAlignment, ModelConfig, is_count
 from cdlm_jax.decoding.progress import Progress, take_rows
-from cdlm_jax.decoding.sampling import gumbel_noise, measure, without
+from cdlm_jax.decoding.sampling import measure
 from cdlm_jax.decoding.unmask import Unmask
 from cdlm_jax.kernels.vocab import Confidence, confidence
 from cdlm_jax.models.transformer import Transformer
@@ -81,14 +81,11 @@ def predict(
     may be predicted but take no part in the probabilities, so theirs is 0.
     """
     mask_id = model.config.mask_token_id
-    if temperature == 0 and not banned and not unsure:
-        return confidence(hidden, model.head, forbidden=mask_id)
-    logits = whole(model.unembed(hidden)).at[..., list(banned)].set(-jnp.inf)
-    scores = logits
-    if temperature > 0:
-        scores = logits / temperature + jax.vmap(lambda key: gumbel_noise(key, logits.shape[1:]))(keys)
-    token = jnp.argmax(without(mask_id, scores), axis=-1)
-    return measure(jax.nn.log_softmax(logits.at[..., list(unsure)].set(-jnp.inf)), token, mask_id)
+    seen = confidence(hidden, model.head, temperature=temperature, key=keys, forbidden=(mask_id, *banned))
+    if not banned and not unsure:
+        return seen
+    logits = whole(model.unembed(hidden)).at[..., [*banned, *unsure]].set(-jnp.inf)
+    return measure(jax.nn.log_softmax(logits), seen.token, mask_id)
 
 
 def decide(

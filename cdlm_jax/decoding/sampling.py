@@ -41,7 +41,7 @@ class Sampling:
         """
         forbidden = model.config.mask_token_id
         if self.temperature == 0 and self.top_k is None and self.top_p in (None, 1):
-            return confidence(hidden, model.head, forbidden=forbidden)
+            return confidence(hidden, model.head, forbidden=() if forbidden is None else (forbidden,))
         rows, size, _ = hidden.shape
         if self.temperature > 0:
             places = jax.vmap(lambda key: jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(size)))(keys)

@@ -157,7 +157,7 @@ def _is_greedy(model, prompts, prompt_lengths, answers, answer_lengths, cfg_scal
         hidden = _answer_hidden(
             model, prompts, prompt_lengths, answers, answer_lengths, masked, cfg_scale=cfg_scale, block_size=block_size
         )
-        found = confidence(hidden, model.head, forbidden=model.config.mask_token_id)
+        found = confidence(hidden, model.head, forbidden=(model.config.mask_token_id,))
         current = jnp.where(masked, blocks, blocks[-1]).min(axis=1, keepdims=True)
         scores = jnp.where(masked & (blocks == current), found.probability, -1.0)
         chosen = places == jnp.argmax(scores, axis=1)[:, None]  # [rows, L]

@@ -4,29 +4,60 @@ Leading dimensions are free: hidden may be [rows, d] or [rows, L, d]. Inputs may
 accumulate, and all statistics are kept, in float32. None of them holds an array of [..., V] elements when V > tile.
 """
 
+import math
+from typing import Literal, get_args
+
 import jax
 import jax.numpy as jnp
 
 from cdlm_jax.config import InputError
-from cdlm_jax.kernels.vocab import xla
+from cdlm_jax.kernels.vocab import ops, tpu, xla
+from cdlm_jax.kernels.vocab.noise import Seeds
 from cdlm_jax.kernels.vocab.reference import Confidence
 
-TILE = 4096  # head columns at a time; memory is a few float32 arrays of [..., TILE]
+Implementation = Literal["tpu", "xla"]
+
+TILE = 4096  # head columns at a time; memory is a few float32 arrays of [at most 2048 rows, TILE]
 
 
-def confidence(hidden: jax.Array, head: jax.Array, *, forbidden: int | None = None, tile: int = TILE) -> Confidence:
-    """The most probable token of each row and how sure softmax(hidden @ head) is of it.
+def confidence(
+    hidden: jax.Array,
+    head: jax.Array,
+    *,
+    temperature: float = 0.0,
+    key: jax.Array | None = None,
+    forbidden: tuple[int, ...] = (),
+    implementation: Implementation | None = None,
+    tile: int = TILE,
+) -> Confidence:
+    """A token for each row and how sure softmax(hidden @ head) is of it.
+
+    At temperature 0 the token is the most probable one, the lowest id among equals. Above, it is drawn from
+    softmax(hidden @ head / temperature), by Gumbel noise that depends only on the key, the row's place under that key,
+    and the token's id: neither tile nor mesh nor implementation changes it. The numbers are always those of
+    softmax(hidden @ head), without temperature or noise.
 
     Args:
       hidden: [..., d].
       head: [d, V].
-      forbidden: a token id that is never the answer, while its share of the probability still counts.
+      temperature: 0 or more.
+      key: random keys, needed above 0: one, or an array of the first of hidden's leading dimensions.
+      forbidden: token ids that are never the answer, while their share of the probability still counts.
 
     Returns:
-      Confidence of [...] arrays: token (int32, the lowest id among equals), probability, margin (top minus second
-      probability) and entropy in nats, in float32. One pass over the vocabulary; plain dense computation if V <= tile.
+      Confidence of [...] arrays: token (int32), its probability, margin (of the tokens allowed: top probability minus
+      second) and entropy in nats, in float32. One pass over the vocabulary; plain dense computation if V <= tile.
+
+    Raises:
+      InputError: temperature is negative or has no key, the key does not fit the rows, or no token is allowed.
     """
-    return xla.confidence(hidden, head, forbidden, tile)
+    if not temperature >= 0:
+        raise InputError(f"temperature must be 0 or more, got {temperature}")
+    if len(set(forbidden)) >= head.shape[1]:
+        raise InputError(f"forbidden holds {len(set(forbidden))} tokens, of a vocabulary of {head.shape[1]}")
+    seeds = _seeds(key, hidden) if temperature > 0 else None
+    engine = _engine(implementation, hidden, head, tile)
+    return ops.confidence(engine, hidden, head, tuple(forbidden), temperature, seeds)
 
 
 def linear_kl(
@@ -36,6 +67,7 @@ def linear_kl(
     weights: jax.Array,
     *,
     teacher_head: jax.Array | None = None,
+    implementation: Implementation | None = None,
     tile: int = TILE,
 ) -> jax.Array:
     """sum_i weights_i KL( softmax(teacher_hidden_i @ teacher_head) || softmax(student_hidden_i @ head) ), in nats.
@@ -55,16 +87,23 @@ def linear_kl(
     Raises:
       InputError: the leading dimensions of the rows and the weights differ, or the two heads differ in V.
     """
-    teacher_head = head if teacher_head is None else teacher_head
     _check_rows(weights, teacher_hidden=teacher_hidden.shape[:-1], student_hidden=student_hidden.shape[:-1])
-    if teacher_head.shape[1] != head.shape[1]:
+    if teacher_head is not None and teacher_head.shape[1] != head.shape[1]:
         raise InputError(f"teacher_head has a vocabulary of {teacher_head.shape[1]}, head of {head.shape[1]}")
-    constants = jax.lax.stop_gradient((_used(teacher_hidden, weights), teacher_head, weights))
-    return xla.linear_kl(*constants[:2], _used(student_hidden, weights), head, constants[2], tile)
+    engine = _engine(implementation, student_hidden, head, tile)
+    teacher_hidden, teacher_head, weights = jax.lax.stop_gradient((teacher_hidden, teacher_head, weights))
+    heads = (head,) if teacher_head is None else (head, teacher_head)
+    return ops.linear_kl(engine, student_hidden, teacher_hidden, heads, weights)
 
 
 def linear_nll(
-    hidden: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array, *, tile: int = TILE
+    hidden: jax.Array,
+    head: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    *,
+    implementation: Implementation | None = None,
+    tile: int = TILE,
 ) -> jax.Array:
     """sum_i weights_i * -log softmax(hidden_i @ head)[targets_i], in nats. Differentiable in hidden and head.
 
@@ -81,7 +120,28 @@ def linear_nll(
       InputError: the leading dimensions of hidden, targets and weights differ.
     """
     _check_rows(weights, hidden=hidden.shape[:-1], targets=targets.shape)
-    return xla.linear_nll(_used(hidden, weights), head, targets, jax.lax.stop_gradient(weights), tile)
+    engine = _engine(implementation, hidden, head, tile)
+    return ops.linear_nll(engine, hidden, head, targets, jax.lax.stop_gradient(weights))
+
+
+def _engine(implementation: Implementation | None, hidden, head, tile: int):
+    reason = _refusal(hidden, head)
+    if implementation is None:
+        implementation = "xla" if reason else "tpu"
+    elif implementation not in get_args(Implementation):
+        raise InputError(f"unknown implementation {implementation!r} of the vocabulary, allowed: 'tpu', 'xla'")
+    elif implementation == "tpu" and reason:
+        raise InputError(f"the vocabulary's implementation 'tpu' cannot run here: {reason}; allowed: 'xla'")
+    return tpu.Engine() if implementation == "tpu" else xla.Engine(tile)
+
+
+def _refusal(hidden, head) -> str | None:
+    """Why the TPU kernels cannot run here; None if they can."""
+    # The program is for the current mesh's devices, which may be of another machine, else for this one's.
+    device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+    if device.platform != "tpu":
+        return f"the device is a {device.platform}"
+    return tpu.refusal(hidden, head)
 
 
 def _check_rows(weights, **leading):
@@ -90,6 +150,18 @@ def _check_rows(weights, **leading):
             raise InputError(f"{name} has rows {shape}, weights have {weights.shape}: they must be equal")
 
 
-def _used(hidden, weights):
-    """Zeroes the rows of weight 0, so that nothing in them can overflow into the sum (0 * inf is nan)."""
-    return jnp.where(weights[..., None] != 0, hidden, jnp.zeros((), hidden.dtype))
+def _seeds(key, hidden) -> Seeds:
+    """[...] each: a row's place is its number in the dimensions of hidden that the keys leave."""
+    if key is None:
+        raise InputError("temperature above 0 needs a random key, got none")
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.shape != hidden.shape[: key.ndim]:
+        raise InputError(
+            f"key must be a jax.random.key, or an array of them whose shape begins {hidden.shape[:-1]}; "
+            f"got {key.dtype} {key.shape}"
+        )
+    words = jax.random.key_data(key)[..., :2]  # every generator keeps its seed in the first two words
+    left = hidden.shape[key.ndim : -1]
+    zeros = jnp.zeros_like(hidden[..., 0], jnp.uint32)
+    high, low = (words[..., i].reshape(key.shape + (1,) * len(left)) for i in range(2))
+    place = jnp.arange(math.prod(left), dtype=jnp.uint32).reshape(left)
+    return Seeds(zeros + high, zeros + low, zeros + place)

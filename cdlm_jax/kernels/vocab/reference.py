@@ -5,13 +5,15 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from cdlm_jax.kernels.vocab.noise import Seeds, gumbel
+
 
 class Confidence(NamedTuple):
     """What the decoders ask of softmax(hidden @ head), per row."""
 
-    token: jax.Array  # int32 [...], the most probable token; ties go to the lowest id
+    token: jax.Array  # int32 [...], the most probable token that is allowed (ties: the lowest id), or the one drawn
     probability: jax.Array  # float32 [...], of that token
-    margin: jax.Array  # float32 [...], top probability minus second
+    margin: jax.Array  # float32 [...], of the allowed tokens: top probability minus second
     entropy: jax.Array  # float32 [...], in nats
 
 
@@ -20,13 +22,22 @@ def logits(hidden, head):
     return jnp.einsum("...d,dv->...v", hidden, head, preferred_element_type=jnp.float32)
 
 
-def confidence(hidden, head, forbidden=None):
-    log_p = jax.nn.log_softmax(logits(hidden, head))
+def confidence(hidden, head, forbidden=(), temperature=0.0, seeds: Seeds | None = None):
+    """seeds: of [...] arrays, needed at temperature > 0."""
+    z = logits(hidden, head)
+    ids = jnp.arange(z.shape[-1])
+    barred = jnp.isin(ids, jnp.array(forbidden, jnp.int32))
+    log_p = jax.nn.log_softmax(z)
     p = jnp.exp(log_p)
-    allowed = log_p if forbidden is None else jnp.where(jnp.arange(p.shape[-1]) == forbidden, -jnp.inf, log_p)
-    top = jnp.exp(jax.lax.top_k(allowed, 2)[0])
-    token = jnp.argmax(allowed, axis=-1).astype(jnp.int32)
-    return Confidence(token, top[..., 0], top[..., 0] - top[..., 1], -jnp.sum(p * log_p, axis=-1))
+    top = jnp.exp(jax.lax.top_k(jnp.where(barred, -jnp.inf, log_p), 2)[0])
+    scores = z if temperature == 0 else z / temperature + gumbel(jax.tree.map(lambda x: x[..., None], seeds), ids)
+    token = jnp.argmax(jnp.where(barred, -jnp.inf, scores), axis=-1).astype(jnp.int32)
+    return Confidence(
+        token=token,
+        probability=jnp.take_along_axis(p, token[..., None], axis=-1)[..., 0],
+        margin=top[..., 0] - top[..., 1],
+        entropy=-jnp.sum(p * log_p, axis=-1),
+    )
 
 
 def linear_kl(teacher_hidden, student_hidden, head, weights, *, teacher_head=None):

@@ -1,287 +1,197 @@
-"""Streams the vocabulary in tiles of head columns; only [..., tile] logits ever exist, forward and backward.
+"""Streams the vocabulary in tiles of head columns, and long batches in chunks of rows: only [chunk, tile] logits ever
+exist, forward and backward.
 
-On a mesh that cuts the head's columns into P pieces, each device streams its own: arrays have one more axis, P before
-`size`, and what the pieces say is merged at the end. A tile's `fsdp` pieces are gathered when its turn comes.
-
-Softmax statistics are kept relative to a running maximum and merged tile by tile (online softmax, Milakov and
-Gimelshein, arXiv 1805.02867). Backward passes recompute each tile and read its probabilities off the saved
-log-sum-exp.
+Inside, every array of rows is [m, k]; on a mesh that cuts the rows into G groups [G, m, k], and each device goes
+through the m of its own group in chunks. On a mesh that cuts the head's columns into P pieces, each device streams its
+own: arrays have one more axis, P before the tile's, and what the pieces say is merged at the end. A tile's `fsdp`
+pieces are gathered when its turn comes.
 """
 
-from functools import partial, reduce
-from typing import NamedTuple
+import dataclasses
+from functools import reduce
+from itertools import cycle
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from cdlm_jax.kernels.vocab.reference import Confidence, logits
+from cdlm_jax.kernels.vocab.reference import logits
+from cdlm_jax.kernels.vocab.statistics import Rows, nothing
 from cdlm_jax.sharding import gathered, pieces, whole
 
 LANES = 128  # columns that a TPU keeps together
+CHUNK = 2048  # rows of a device whose logits exist together
 
-# Statistics of no columns at all: what is not named here is 0. A maximum is finite, since it is subtracted.
-NOTHING = {"top": -1e30, "first": -jnp.inf, "second": -jnp.inf}
-
-# ---- walking over the vocabulary -----------------------------------------------------------------------------------
+# ---- rows ----------------------------------------------------------------------------------------------------------
 
 
-def in_pieces(head, like=None):
-    """[d, V] -> [d, P, V / P], one piece of consecutive columns per device, if `like` (the head itself) is cut so."""
-    count = pieces(head if like is None else like, 1)
-    return head if count == 1 else head.reshape(head.shape[0], count, -1)
+def in_groups(rows: Rows) -> Rows:
+    """[..., k] -> [m, k] or [G, m, k]; groups are consecutive along the first axis."""
+    lead = rows.hidden[0].shape[:-1]
+    groups = pieces(rows.hidden[0], 0) if lead else 1
+    if groups == 1:
+        return jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), rows)
+    cut = jax.tree.map(lambda x: x.reshape(groups, lead[0] // groups, *x.shape[1:]), rows)
+    return jax.tree.map(lambda x: x.reshape(groups, -1, x.shape[-1]), cut)
 
 
-def over_columns(x, head):
-    """[...] -> [..., 1] or [..., 1, 1], to meet a tile's logits."""
-    return x.reshape(x.shape + (1,) * (head.ndim - 1))
+def out_of_groups(x, like):
+    """in_groups in reverse: [..., k], k its own, the rest as in `like`."""
+    lead = like.shape[:-1]
+    if x.ndim == 3:
+        x = x.reshape(x.shape[0], lead[0] // x.shape[0], *lead[1:], x.shape[-1])
+    return x.reshape(*lead, x.shape[-1])
 
 
-def sweep(step, carry, vocab, tile):
-    """carry = step(carry, start, size) over all columns of a piece, left to right.
+class Chunks:
+    """A device's rows in chunks, which are cut along the axis of m."""
 
-    A vocabulary of at most one tile compiles without a loop. For a larger one, the tile becomes the largest multiple of
-    LANES that divides it, if there is one above half a tile: then a program holds the step once. Otherwise the first
-    tile takes the remainder.
-    """
-    if vocab <= tile:
-        return step(carry, 0, vocab)
-    even = (size for size in range(tile - tile % LANES, tile // 2, -LANES) if vocab % size == 0)
-    tile = next(even, tile)
-    full, first = divmod(vocab, tile)
-    if first:
-        carry = step(carry, 0, first)
-    return jax.lax.fori_loop(0, full, lambda i, carry: step(carry, first + i * tile, tile), carry)
+    def __init__(self, rows: Rows):
+        self.axis = rows.hidden[0].ndim - 2
+        self.count = rows.hidden[0].shape[self.axis]
+
+    def take(self, tree, start, size):
+        return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, size, self.axis), tree)
+
+    def put(self, tree, new, start):
+        update = jax.lax.dynamic_update_slice_in_dim
+        return jax.tree.map(lambda x, new: update(x, new, start, self.axis), tree, new)
 
 
-def merge_tiles(measure, merge, head, tile):
-    """The statistics measure(start, size) of every tile, merged left to right, and then over the pieces."""
-    shapes = jax.eval_shape(partial(measure, 0, 1))
-    nothing = jax.tree.map_with_path(lambda path, x: jnp.full_like(x, NOTHING.get(path[-1].name, 0)), shapes)
-    statistics = sweep(lambda carry, *at: merge(carry, measure(*at)), nothing, head.shape[-1], tile)
-    if head.ndim == 2:
-        return statistics
-    statistics = jax.tree.map(whole, statistics)
-    return reduce(merge, (jax.tree.map(lambda x, i=i: x[..., i], statistics) for i in range(head.shape[1])))
+# ---- columns -------------------------------------------------------------------------------------------------------
+
+
+def in_pieces(heads):
+    """[d, V] -> [d, P, V / P], one piece of consecutive columns per device, if the first head is cut so."""
+    count = pieces(heads[0], 1)
+    return heads if count == 1 else tuple(head.reshape(head.shape[0], count, -1) for head in heads)
 
 
 def columns(head, start, size):
-    """[d, size], or of every piece together [d, P * size]."""
-    return jax.lax.dynamic_slice_in_dim(head, start, size, axis=-1).reshape(head.shape[0], -1)
-
-
-def tile_logits(hidden, head, start, size):
-    z = logits(hidden, gathered(columns(head, start, size), "fsdp"))
-    return z.reshape(*z.shape[:-1], *head.shape[1:-1], size)  # float32 [..., size]
+    """[d, size], or of every piece together [d, P * size]; whole along d."""
+    w = jax.lax.dynamic_slice_in_dim(head, start, size, axis=-1).reshape(head.shape[0], -1)
+    return gathered(w, "fsdp")
 
 
 def tokens(head, start, size):
-    """int32 [size], the ids of a tile's columns."""
+    """int32 [size], the ids of a tile's columns, or [P, size]."""
     ids = start + jnp.arange(size, dtype=jnp.int32)
     if head.ndim == 2:
         return ids
     return ids + jnp.arange(head.shape[1], dtype=jnp.int32)[:, None] * head.shape[2]
 
 
-# ---- log-sum-exp ---------------------------------------------------------------------------------------------------
+def tile_of(heads, start, size):
+    return tuple(columns(head, start, size) for head in heads), tokens(heads[0], start, size)
 
 
-class LogSum(NamedTuple):
-    top: jax.Array  # float32 [...], the largest logit so far
-    mass: jax.Array  # float32 [...], sum of exp(z - top)
-
-    def value(self):
-        return self.top + jnp.log(self.mass)
+def tile_logits(rows, weights, ids):
+    """float32 [..., m, size] or [..., m, P, size], of every head."""
+    every = (logits(hidden, w) for hidden, w in zip(rows.hidden, cycle(weights), strict=False))
+    return tuple(z.reshape(*z.shape[:-1], *ids.shape) for z in every)
 
 
-def log_sum(z):
-    """z [..., size] -> (LogSum, exp(z - top))."""
-    top = jnp.max(z, axis=-1)
-    exp = jnp.exp(z - top[..., None])
-    return LogSum(top, exp.sum(axis=-1)), exp
+def over_columns(tree, ids):
+    """Arrays [..., m, 1], or [..., m, 1, 1], to meet a tile's logits."""
+    return tree if ids.ndim == 1 else jax.tree.map(lambda x: x[..., None], tree)
 
 
-def merge_log_sums(a: LogSum, b: LogSum):
-    """(merged, scale_a, scale_b); a sum weighted with exp(z - a.top) joins the merged one times scale_a."""
-    top = jnp.maximum(a.top, b.top)
-    scale_a, scale_b = jnp.exp(a.top - top), jnp.exp(b.top - top)
-    return LogSum(top, scale_a * a.mass + scale_b * b.mass), scale_a, scale_b
+def sweep(step, carry, count, most):
+    """carry = step(carry, start, size) over all of `count` columns or rows, at most `most` at a time, left to right.
 
-
-# ---- confidence ----------------------------------------------------------------------------------------------------
-
-
-class Peak(NamedTuple):
-    total: LogSum
-    token: jax.Array  # int32 [...], the allowed id with the largest logit
-    first: jax.Array  # float32 [...], that logit
-    second: jax.Array  # float32 [...], the second largest allowed logit, equal to the first when tied
-    moment: jax.Array  # float32 [...], sum of (z - top) exp(z - top)
-
-
-def peak(z, ids, forbidden):
-    """z [..., size] of the tokens ids [size]."""
-    total, exp = log_sum(z)
-    moment = jnp.sum((z - total.top[..., None]) * exp, axis=-1)
-    if forbidden is not None:
-        z = jnp.where(ids == forbidden, -jnp.inf, z)
-    token = ids[..., 0] + jnp.argmax(z, axis=-1).astype(jnp.int32)  # the first of equals
-    others = jnp.where(ids == token[..., None], -jnp.inf, z)
-    return Peak(total, token, jnp.max(z, axis=-1), jnp.max(others, axis=-1), moment)
-
-
-def merge_peaks(a: Peak, b: Peak):
-    """All ids of a are below those of b, so a wins ties."""
-    total, scale_a, scale_b = merge_log_sums(a.total, b.total)
-    return Peak(
-        total,
-        token=jnp.where(a.first >= b.first, a.token, b.token),
-        first=jnp.maximum(a.first, b.first),
-        second=jnp.maximum(jnp.minimum(a.first, b.first), jnp.maximum(a.second, b.second)),
-        # The deviations of each part were taken from its own maximum: move them to the common one.
-        moment=scale_a * (a.moment + (a.total.top - total.top) * a.total.mass)
-        + scale_b * (b.moment + (b.total.top - total.top) * b.total.mass),
-    )
-
-
-def confidence(hidden, head, forbidden, tile):
-    head = in_pieces(head)
-
-    def measure(start, size):
-        return peak(tile_logits(hidden, head, start, size), tokens(head, start, size), forbidden)
-
-    (top, mass), token, first, second, moment = merge_tiles(measure, merge_peaks, head, tile)
-    return Confidence(
-        token=token,
-        probability=jnp.exp(first - top) / mass,
-        margin=(jnp.exp(first - top) - jnp.exp(second - top)) / mass,
-        entropy=jnp.log(mass) - moment / mass,
-    )
-
-
-# ---- gradient of the losses ----------------------------------------------------------------------------------------
-
-
-def product(subscripts, a, b, like):
-    """A float32 matrix product, sharded like the array that it is the gradient of."""
-    sharding = jax.typeof(like).sharding
-    return jnp.einsum(subscripts, a, b, preferred_element_type=jnp.float32, out_sharding=sharding)
-
-
-def pull_back(d_logits, hidden, head, tile):
-    """(d hidden, d head [d, V]) from d_logits(start, size), the loss gradient at a tile of logits(hidden, head).
-
-    d hidden accumulates over the tiles in float32; every column of d head is written once.
+    Up to `most` of them compile without a loop. For more, `most` becomes the largest multiple of LANES that divides
+    them, if there is one above half of it: then a program holds the step once. Otherwise the first step takes the
+    remainder.
     """
-
-    def step(carry, start, size):
-        d_hidden, d_head = carry
-        w = columns(head, start, size)
-        dz = d_logits(start, size).astype(hidden.dtype)
-        dz = dz.reshape(*hidden.shape[:-1], -1)  # [..., size], or [..., P * size]
-        d_hidden += product("...v,dv->...d", dz, gathered(w, "fsdp"), like=hidden)
-        d_columns = product("...d,...v->dv", hidden, dz, like=w).astype(head.dtype)
-        d_columns = d_columns.reshape(*head.shape[:-1], size)
-        return d_hidden, jax.lax.dynamic_update_slice_in_dim(d_head, d_columns, start, axis=-1)
-
-    zeros = jnp.zeros_like(hidden, dtype=jnp.float32), jnp.zeros_like(head)
-    d_hidden, d_head = sweep(step, zeros, head.shape[-1], tile)
-    return d_hidden.astype(hidden.dtype), d_head.reshape(head.shape[0], -1)
+    if count <= most:
+        return step(carry, 0, count)
+    even = (size for size in range(most - most % LANES, most // 2, -LANES) if count % size == 0)
+    size = next(even, most)
+    full, first = divmod(count, size)
+    if first:
+        carry = step(carry, 0, first)
+    return jax.lax.fori_loop(0, full, lambda i, carry: step(carry, first + i * size, size), carry)
 
 
-# ---- Kullback-Leibler divergence -----------------------------------------------------------------------------------
+# ---- forward and backward ------------------------------------------------------------------------------------------
 
 
-class Divergence(NamedTuple):
-    teacher: LogSum
-    student: LogSum
-    gap: jax.Array  # float32 [...], sum of exp(z_teacher - top) (z_teacher - z_student)
+@dataclasses.dataclass(frozen=True)
+class Engine:
+    """tile: columns of the head at a time."""
 
+    tile: int
 
-def divergence(z_teacher, z_student):
-    teacher, exp = log_sum(z_teacher)
-    return Divergence(teacher, log_sum(z_student)[0], jnp.sum(exp * (z_teacher - z_student), axis=-1))
+    def statistics(self, measure, merge, rows: Rows, heads):
+        """[..., 1] of every row: measure(logits of every head, ids, extra) of all tiles, merged left to right, and then
+        over the pieces."""
+        like = rows.hidden[0]
+        rows, heads = in_groups(rows), in_pieces(heads)
+        chunks = Chunks(rows)
 
+        def measure_rows(rows, weights, ids):
+            rows = rows.used()
+            return measure(tile_logits(rows, weights, ids), ids, over_columns(rows.extra, ids))
 
-def merge_divergences(a: Divergence, b: Divergence):
-    teacher, scale_a, scale_b = merge_log_sums(a.teacher, b.teacher)
-    return Divergence(teacher, merge_log_sums(a.student, b.student)[0], scale_a * a.gap + scale_b * b.gap)
+        def of_tile(carry, start, size):
+            weights, ids = tile_of(heads, start, size)
 
+            def of_chunk(carry, first, count):
+                new = measure_rows(chunks.take(rows, first, count), weights, ids)
+                return chunks.put(carry, merge(chunks.take(carry, first, count), new), first)
 
-@partial(jax.custom_vjp, nondiff_argnums=(5,))
-def linear_kl(teacher_hidden, teacher_head, student_hidden, head, weights, tile):
-    return _linear_kl_forward(teacher_hidden, teacher_head, student_hidden, head, weights, tile)[0]
+            return sweep(of_chunk, carry, chunks.count, CHUNK)
 
+        if heads[0].shape[-1] <= self.tile and chunks.count <= CHUNK:
+            found = measure_rows(rows, *tile_of(heads, 0, heads[0].shape[-1]))
+        else:
+            start = nothing(jax.eval_shape(lambda: measure_rows(rows, *tile_of(heads, 0, 1))))
+            found = sweep(of_tile, start, heads[0].shape[-1], self.tile)
+        if heads[0].ndim == 3:
+            found = jax.tree.map(lambda x: whole(x, -2), found)
+            found = reduce(merge, (jax.tree.map(lambda x, i=i: x[..., i, :], found) for i in range(heads[0].shape[1])))
+        return jax.tree.map(lambda x: out_of_groups(x, like), found)
 
-def _linear_kl_forward(teacher_hidden, teacher_head, student_hidden, head, weights, tile):
-    teacher_head, head = in_pieces(teacher_head, like=head), in_pieces(head)
+    def pull_back(self, d_logits, rows: Rows, heads):
+        """(d hidden, d head) of the first hidden and head, from d_logits(logits of every head, ids, extra), the
+        gradient at a tile of the first one's logits.
 
-    def measure(start, size):
-        return divergence(
-            tile_logits(teacher_hidden, teacher_head, start, size), tile_logits(student_hidden, head, start, size)
-        )
+        d hidden accumulates over the tiles in float32, a tile of d head over the chunks of rows and then over their
+        groups; every column of d head is written once.
+        """
+        like = rows.hidden[0]
+        rows, heads = in_groups(rows), in_pieces(heads)
+        chunks = Chunks(rows)
+        head = heads[0]
+        of_hidden, of_head = jax.typeof(rows.hidden[0]).sharding, jax.typeof(head).sharding
 
-    t, s, gap = merge_tiles(measure, merge_divergences, head, tile)
-    # E_teacher[z_teacher - z_student] less the difference of the log-sum-exps, large parts first.
-    kl = gap / t.mass - (t.top - s.top) - (jnp.log(t.mass) - jnp.log(s.mass))
-    saved = teacher_hidden, teacher_head, student_hidden, head, weights, t.value(), s.value()
-    return jnp.sum(weights * kl), saved
+        def product(subscripts, a, b, sharding):
+            return jnp.einsum(subscripts, a, b, preferred_element_type=jnp.float32, out_sharding=sharding)
 
+        def of_tile(carry, start, size):
+            d_hidden, d_head = carry
+            weights, ids = tile_of(heads, start, size)
+            w = weights[0]
+            of_groups = NamedSharding(of_hidden.mesh, P(*of_hidden.spec[:-2], None, jax.typeof(w).sharding.spec[1]))
 
-def _linear_kl_backward(tile, saved, g):
-    teacher_hidden, teacher_head, student_hidden, head, weights, teacher_total, student_total = saved
+            def of_chunk(carry, first, count):
+                d_hidden, d_w = carry
+                chunk = chunks.take(rows, first, count).used()
+                dz = d_logits(tile_logits(chunk, weights, ids), ids, over_columns(chunk.extra, ids))
+                hidden = chunk.hidden[0]
+                dz = dz.astype(like.dtype).reshape(*hidden.shape[:-1], -1)  # [..., m, size], or [..., m, P * size]
+                new = chunks.take(d_hidden, first, count) + product("...v,dv->...d", dz, w, of_hidden)
+                d_w += product("...md,...mv->...dv", hidden, dz, of_groups)
+                return chunks.put(d_hidden, new, first), d_w
 
-    def d_logits(start, size):
-        p = jnp.exp(tile_logits(teacher_hidden, teacher_head, start, size) - over_columns(teacher_total, head))
-        q = jnp.exp(tile_logits(student_hidden, head, start, size) - over_columns(student_total, head))
-        return over_columns(g * weights, head) * (q - p)
+            d_w = jnp.zeros((*rows.hidden[0].shape[:-2], *w.shape), jnp.float32, out_sharding=of_groups)
+            d_hidden, d_w = sweep(of_chunk, (d_hidden, d_w), chunks.count, CHUNK)
+            d_w = d_w if d_w.ndim == 2 else d_w.sum(axis=0)
+            d_w = d_w.astype(head.dtype).reshape(*head.shape[:-1], size)
+            d_w = d_w if of_head.mesh.empty else jax.reshard(d_w, of_head)
+            return d_hidden, jax.lax.dynamic_update_slice_in_dim(d_head, d_w, start, axis=-1)
 
-    d_hidden, d_head = pull_back(d_logits, student_hidden, head, tile)
-    return None, None, d_hidden, d_head, None
-
-
-linear_kl.defvjp(_linear_kl_forward, _linear_kl_backward)
-
-
-# ---- negative log-likelihood ---------------------------------------------------------------------------------------
-
-
-class Likelihood(NamedTuple):
-    total: LogSum
-    picked: jax.Array  # float32 [...], the logit of the target, 0 before its tile
-
-
-def merge_likelihoods(a: Likelihood, b: Likelihood):
-    return Likelihood(merge_log_sums(a.total, b.total)[0], a.picked + b.picked)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
-def linear_nll(hidden, head, targets, weights, tile):
-    return _linear_nll_forward(hidden, head, targets, weights, tile)[0]
-
-
-def _linear_nll_forward(hidden, head, targets, weights, tile):
-    head = in_pieces(head)
-
-    def measure(start, size):
-        z = tile_logits(hidden, head, start, size)
-        is_target = tokens(head, start, size) == over_columns(targets, head)
-        return Likelihood(log_sum(z)[0], jnp.sum(jnp.where(is_target, z, 0), axis=-1))
-
-    total, picked = merge_tiles(measure, merge_likelihoods, head, tile)
-    nll = jnp.log(total.mass) + (total.top - picked)
-    return jnp.sum(weights * nll), (hidden, head, targets, weights, total.value())
-
-
-def _linear_nll_backward(tile, saved, g):
-    hidden, head, targets, weights, total = saved
-
-    def d_logits(start, size):
-        q = jnp.exp(tile_logits(hidden, head, start, size) - over_columns(total, head))
-        is_target = tokens(head, start, size) == over_columns(targets, head)
-        return over_columns(g * weights, head) * (q - is_target)
-
-    d_hidden, d_head = pull_back(d_logits, hidden, head, tile)
-    return d_hidden, d_head, None, None
-
-
-linear_nll.defvjp(_linear_nll_forward, _linear_nll_backward)
+        zeros = jnp.zeros_like(rows.hidden[0], dtype=jnp.float32), jnp.zeros_like(head)
+        d_hidden, d_head = sweep(of_tile, zeros, head.shape[-1], self.tile)
+        return out_of_groups(d_hidden.astype(like.dtype), like), d_head.reshape(head.shape[0], -1)

@@ -1,0 +1,251 @@
+"""The first gate of the vocabulary's TPU kernels: values in interpret mode (tests/aot/test_vocab_tpu.py: the second).
+
+What a tile reads past the end of its array is nan there, and so are the rows of weight 0 here.
+"""
+
+import os
+import subprocess
+import sys
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_vocab import inputs, log_softmax, twin_kl, twin_nll, wide
+
+from cdlm_jax.config import InputError
+from cdlm_jax.kernels.vocab import ops, reference, tpu, xla
+from cdlm_jax.kernels.vocab.cost import forward
+from cdlm_jax.kernels.vocab.noise import Seeds
+from cdlm_jax.kernels.vocab.tpu import MIB, Engine, Sizes, Tiles, choose
+
+few = settings(max_examples=4, deadline=None, derandomize=True)
+shapes = st.fixed_dictionaries(
+    {
+        "n": st.sampled_from([1, 5, 16, 40, 70]),
+        "d": st.sampled_from([1, 8]),
+        "vocab": st.sampled_from([5, 40, 128, 300, 520]),
+        "seed": st.integers(0, 2**31),
+        "scale": st.sampled_from([0.1, 1.0, 5.0]),
+    }
+)
+tiles = st.sampled_from(
+    [
+        None,
+        Tiles(rows=16, columns=128),
+        Tiles(rows=32, columns=256),
+        Tiles(rows=128, columns=128, splits=2),
+        Tiles(rows=128, columns=256, splits=3),
+    ]
+)
+
+
+def seeds_of(n, seed=0):
+    words = np.random.default_rng(seed).integers(2**32, size=(2, n), dtype=np.uint32)
+    return Seeds(*map(jnp.asarray, words), jnp.arange(n, dtype=jnp.uint32))
+
+
+@few
+@given(shapes, tiles, st.sampled_from([0, 0.7]), st.sets(st.integers(0, 300), max_size=3))
+def test_confidence_is_the_reference_s(shape, tiles, temperature, forbidden):
+    hidden, _, head, *_ = inputs(**shape)
+    forbidden = tuple(forbidden)
+    seeds = seeds_of(shape["n"], shape["seed"]) if temperature else None
+    run = partial(ops.confidence, Engine(interpret=True, tiles=tiles))
+    got = jax.jit(run, static_argnums=(2, 3))(hidden, head, forbidden, temperature, seeds)
+    plain = reference.confidence(hidden, head, forbidden, temperature, seeds)
+    assert got.token.dtype == jnp.int32
+    np.testing.assert_array_equal(got.token, plain.token)
+    for a, b in zip(got[1:], plain[1:], strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+@few
+@given(shapes, tiles, st.booleans())
+def test_losses_match_float64(shape, tiles, own_head):
+    teacher, student, teacher_head, head, targets, weights = inputs(**shape)
+    teacher_head = teacher_head if own_head else head
+    unused = (weights == 0)[:, None]
+    engine = Engine(interpret=True, tiles=tiles)
+
+    def losses(student, head):
+        heads = (head, teacher_head) if own_head else (head,)
+        poisoned = [jnp.where(unused, jnp.nan, x) for x in (student, teacher)]
+        kl = ops.linear_kl(engine, *poisoned, heads, weights)
+        return kl, ops.linear_nll(engine, poisoned[0], head, targets, weights)
+
+    @jax.jit
+    def run(student, head):
+        values, pull_back = jax.vjp(losses, student, head)
+        return values, [pull_back((jnp.float32(a), jnp.float32(1 - a))) for a in (1, 0)]
+
+    values, gradients = run(student, head)
+    kl = twin_kl(*wide(teacher, student, head, weights, teacher_head))
+    nll = twin_nll(*wide(student, head, targets, weights))
+    np.testing.assert_allclose(values, [kl[0], nll[0]], rtol=1e-5, atol=1e-5)
+    for got, want in zip(jax.tree.leaves(gradients), (*kl[1:], *nll[1:]), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_steps_within_a_tile_of_rows(monkeypatch):
+    """More rows than are computed with at a time, the last of them fewer."""
+    monkeypatch.setattr(tpu, "STEP", 16)
+    tiles = Tiles(rows=32, columns=128)
+    n = 3 * 16 + 10
+    teacher, student, _, head, targets, weights = inputs(n=n, vocab=200)
+    got = ops.confidence(Engine(interpret=True, tiles=tiles), student, head, (1,), 0.5, seeds_of(n))
+    np.testing.assert_array_equal(got.token, reference.confidence(student, head, (1,), 0.5, seeds_of(n)).token)
+
+    def gradients(engine):
+        loss = jax.grad(lambda s, w: ops.linear_kl(engine, s, teacher, (w,), weights), (0, 1))
+        return jax.jit(loss)(student, head)
+
+    for a, b in zip(gradients(Engine(interpret=True, tiles=tiles)), gradients(xla.Engine(4096)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+def test_ties_go_to_the_lowest_id(splits):
+    """Within a tile of columns, between tiles, and between the parts that cores walk on their own."""
+    z = np.zeros((4, 700), np.float32)
+    z[0, [300, 301, 699]] = 2
+    z[1, [127, 128, 600]] = 3
+    z[2, [5, 640]] = 1
+    engine = Engine(interpret=True, tiles=Tiles(rows=4, columns=128, splits=splits))
+    got = ops.confidence(engine, z, np.eye(700, dtype=np.float32), (5,), 0.0, None)
+    np.testing.assert_array_equal(got.token, [300, 127, 640, 0])
+    np.testing.assert_array_equal(got.margin[jnp.array([0, 1, 3])], [0, 0, 0])
+
+
+def plain_bfloat16(teacher, student, head, weights):
+    """What one would write: logits in bfloat16, statistics in float32."""
+
+    def loss(student, head):
+        log_p, log_q = (jax.nn.log_softmax((x @ head).astype(jnp.float32)) for x in (teacher, student))
+        return jnp.sum(weights * jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1))
+
+    return jax.value_and_grad(loss, (0, 1))(student, head)
+
+
+@pytest.mark.parametrize("engine", [xla.Engine(128), Engine(interpret=True)], ids=["xla", "tpu"])
+def test_error_in_bfloat16(engine):
+    """Against float64, at most twice that of plain bfloat16."""
+    teacher, student, _, head, _, weights = inputs(n=64, d=64, vocab=1000, scale=0.5)
+    teacher, student, head = (jnp.asarray(a, jnp.bfloat16) for a in (teacher, student, head))
+    exact = twin_kl(*(np.asarray(a, np.float64) for a in (teacher, student, head, weights, head)))
+    loss = jax.jit(jax.value_and_grad(lambda s, w: ops.linear_kl(engine, s, teacher, (w,), weights), (0, 1)))
+
+    def errors(found):
+        return [np.abs(np.asarray(a, np.float64) - b).max() for a, b in zip(jax.tree.leaves(found), exact, strict=True)]
+
+    for mine, plain in zip(
+        errors(loss(student, head)), errors(plain_bfloat16(teacher, student, head, weights)), strict=True
+    ):
+        assert mine <= 2 * plain
+    seen = ops.confidence(engine, student, head, (), 0.0, None)
+    p = np.exp(log_softmax(np.asarray(student, np.float64) @ np.asarray(head, np.float64)))
+    plain = jax.nn.softmax((student @ head).astype(jnp.float32)).max(axis=-1)
+    assert np.abs(seen.probability - p.max(axis=-1)).max() <= 2 * np.abs(plain - p.max(axis=-1)).max()
+
+
+# ---- tiles ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("vmem", [16, 64, 128])
+@pytest.mark.parametrize("columns_first", [False, True])
+@pytest.mark.parametrize("n", [1, 32, 300, 16384])
+@pytest.mark.parametrize("vocab", [1000, 126464, 152064])
+def test_tiles_fit(vmem, columns_first, n, vocab):
+    sizes = Sizes(rows=n, d=3584, vocab=vocab, row=2 * 7168, column=7168, per_row=0, per_column=0)
+    tiles = choose(sizes, columns_first, 2, vmem * 2**20)
+    assert sizes.vmem(tiles.rows, tiles.columns) <= 0.8 * vmem * 2**20
+    assert tiles.rows == n or tiles.rows % 16 == 0
+    assert tiles.columns % 128 == 0 and (vocab % tiles.columns == 0 or vocab == 1000)
+    assert tiles.splits == (1 if columns_first or tiles.rows < n else 2)
+    if vmem > 16 and not columns_first:
+        assert tiles.rows >= min(n, 1024)  # the head is read once for so many rows
+
+
+@pytest.mark.parametrize("columns_first", [False, True])
+@pytest.mark.parametrize("tiles", [Tiles(rows=64, columns=256), Tiles(rows=300, columns=128, splits=2)])
+def test_bytes_moved_are_those_of_the_walk(tiles, columns_first):
+    """Counted along the grid: a tile of rows or of columns is fetched when it is not the one of the step before."""
+    sizes = Sizes(rows=300, d=8, vocab=512, row=16, column=32, per_row=0, per_column=0)
+    row_tiles, column_tiles = -(-300 // tiles.rows), 512 // tiles.columns
+    if columns_first:
+        tiles = Tiles(rows=tiles.rows, columns=tiles.columns)
+        walk = [(row, column) for column in range(column_tiles) for row in range(row_tiles)]
+    else:
+        each = column_tiles // tiles.splits
+        walk = [
+            (row, split * each + column)
+            for split in range(tiles.splits)
+            for row in range(row_tiles)
+            for column in range(each)
+        ]
+        if tiles.splits > 1:  # every core fetches its own first tile
+            walk.insert(each, (None, None))
+    fetched = {"row": 0, "column": 0}
+    for before, now in zip([(None, None), *walk], walk, strict=False):
+        if now[0] is not None:
+            fetched["row"] += (now[0] != before[0]) * min(tiles.rows, 300 - now[0] * tiles.rows) * sizes.row
+            fetched["column"] += (now[1] != before[1]) * tiles.columns * sizes.column
+    assert sizes.moved(tiles, columns_first) == sum(fetched.values())
+
+
+@pytest.mark.parametrize("n", [32, 1024])
+def test_a_block_s_confidence_reads_everything_once(n):
+    """Of Dream's head, at most 1.05 times the least, on chips with more VMEM than a v4."""
+    for cores, vmem in ((1, 128 * MIB), (2, 64 * MIB)):
+        found = forward("confidence", n, 3584, 152064, cores, vmem)
+        assert found.ratio <= 1.05 and found.vmem <= 0.8 * vmem
+
+
+def test_rows_that_no_tile_can_hold_are_refused():
+    sizes = Sizes(rows=32, d=2**20, vocab=1000, row=2**21, column=2**21, per_row=0, per_column=0)
+    with pytest.raises(InputError, match="rows of 1048576 do not fit the 16 MiB of VMEM of this TPU; allowed: 'xla'"):
+        choose(sizes, False, 1, 16 * 2**20)
+
+
+# ---- on a mesh -----------------------------------------------------------------------------------------------------
+
+ON_A_MESH = """
+from functools import partial
+import jax, numpy as np
+from cdlm_jax import sharding
+from cdlm_jax.kernels.vocab import ops, tpu, xla
+from cdlm_jax.kernels.vocab.noise import Seeds
+
+rng = np.random.default_rng(0)
+teacher, student = rng.normal(size=(2, 4, 6, 8)).astype(np.float32)
+head = rng.normal(size=(8, 520)).astype(np.float32)
+targets, weights = rng.integers(520, size=(4, 6), dtype=np.int32), rng.uniform(size=(4, 6)).astype(np.float32)
+seeds = Seeds(*rng.integers(2**32, size=(3, 4, 6), dtype=np.uint32))
+tpu.GATHERED = 100
+
+@partial(jax.jit, static_argnums=0)
+def run(engine, teacher, student, head, targets, weights, seeds):
+    def loss(student, head):
+        kl = ops.linear_kl(engine, student, teacher, (head,), weights)
+        return kl + ops.linear_nll(engine, student, head, targets, weights)
+    return jax.value_and_grad(loss, (0, 1))(student, head), ops.confidence(engine, student, head, (20,), 0.5, seeds)
+
+expected = run(xla.Engine(64), teacher, student, head, targets, weights, seeds)
+with jax.set_mesh(sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=2, tensor=2))):
+    rows = jax.tree.map(lambda x: sharding.put(x, "rows"), (teacher, student, targets, weights, seeds))
+    on_columns = sharding.put(head, "embed", "vocab")
+    got = run(tpu.Engine(interpret=True), *rows[:2], on_columns, *rows[2:])
+assert got[0][1][1].sharding == on_columns.sharding
+for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+    np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-5, atol=1e-5)
+print("same")
+"""
+
+
+def test_same_values_on_a_mesh():
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    done = subprocess.run([sys.executable, "-c", ON_A_MESH], env=env, capture_output=True, text=True, timeout=240)
+    assert done.stdout.strip() == "same", done.stderr[-2000:]
