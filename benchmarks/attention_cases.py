@@ -139,11 +139,12 @@ def for_splash(q, k, v, ends):
     return q, k, v, ends[:, 0]
 
 
-def on_splash(q, k, v, lengths):
+def on_splash(q, k, v, lengths, *, interpret=False):
     rows, kv_heads, slots, head_dim = k.shape
     queries = q.shape[1] * q.shape[2] // kv_heads
     sees_all = MultiHeadMask([FullMask((queries, slots))] * kv_heads)
-    kernel = make_splash_mha_single_device(sees_all, block_sizes=BlockSizes(block_q=queries, block_kv=512))
+    sizes = BlockSizes(block_q=queries, block_kv=512)
+    kernel = make_splash_mha_single_device(sees_all, block_sizes=sizes, interpret=interpret)
     segments = SegmentIds(
         q=jnp.ones((rows, queries), jnp.int32), kv=(jnp.arange(slots) < lengths[:, None]).astype(jnp.int32)
     )
