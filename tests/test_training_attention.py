@@ -5,18 +5,21 @@ tests/aot/test_splash_tpu.py holds the chips' compiler against it.
 
 import functools
 import re
+import subprocess
+import sys
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from devices import environment
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cdlm_jax import sharding
 from cdlm_jax.config import InputError
-from cdlm_jax.kernels.block_attention import reference, splash, training_attention, xla
+from cdlm_jax.kernels.block_attention import reference, splash, training, training_attention, xla
 from cdlm_jax.sharding import MeshConfig
 from cdlm_jax.visibility import Span, dense_mask, packed, visible_end
 
@@ -185,6 +188,37 @@ def test_the_default_here_is_xla():
         placed, ends = jax.tree.map(jnp.array, (given, seen))
         found = values(training_attention, *placed, ends)
     assert errors(found, float64_values(*given, seen)).max() < 3e-6
+
+
+MESHES = [MeshConfig(fsdp=2, tensor=2), MeshConfig(data=1, fsdp=1, tensor=4), MeshConfig(data=2, fsdp=2, tensor=1)]
+
+
+def errors_on_meshes() -> list[float]:
+    """Of splash as a TPU's mesh of four devices would call it; two key heads, which `tensor` may not divide."""
+    training._refusal = lambda q, own: None
+    training.splash.block_attention = on_splash
+    given = arrays(rows=4, seq_len=140)
+    seen = rule("packed", [20, 31, 7, 1], 140)
+    expected = float64_values(*given, seen)
+    found = []
+    for config in MESHES:
+        with jax.set_mesh(sharding.make_mesh(config)):
+            q, k, v, cotangent = (
+                sharding.put(x, "rows", None, name, None, kv_heads=x.shape[2])
+                for x, name in zip(given, ("heads", "kv_heads", "kv_heads", "heads"), strict=True)
+            )
+            placed = sharding.by_rows(seen)
+            found.append(errors(values(training_attention, q, k, v, cotangent, placed), expected).max())
+    return found
+
+
+@pytest.mark.slow
+def test_every_device_has_its_rows_and_heads():
+    script = "import test_training_attention as here; print(*here.errors_on_meshes())"
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, env=environment(4), capture_output=True, text=True, check=True)
+    found = [float(each) for each in done.stdout.split()]
+    assert len(found) == len(MESHES) and max(found) < 3e-6
 
 
 Q, K = np.zeros((2, 5, 4, 64), np.float32), np.zeros((2, 5, 2, 64), np.float32)

@@ -80,7 +80,7 @@ def test_a_refusal_says_why():
 @pytest.mark.parametrize("tensor", [1, 4])
 def test_the_distillation_step_compiles_on_a_mesh(tensor, mode):
     """Of a small model with heads of 128, of which four devices of `tensor` share two key heads."""
-    recipe = tiny_recipe(hidden_size=512)
+    recipe = tiny_recipe(hidden_size=512, vocab_size=6144)
     changes = {"mode": mode, "consistency_scope": "same_block"} if mode == "packed" else {}
     recipe = dataclasses.replace(recipe, distill=dataclasses.replace(recipe.distill, **changes))
     with jax.set_mesh(mesh("v5e", MeshConfig(fsdp=4 // tensor, tensor=tensor))):
