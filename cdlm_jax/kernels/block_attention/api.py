@@ -4,11 +4,11 @@ from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 
 from cdlm_jax import sharding
 from cdlm_jax.config import InputError
 from cdlm_jax.kernels.block_attention import reference, tpu, xla
+from cdlm_jax.kernels.block_attention.mesh import per_device
 from cdlm_jax.kernels.block_attention.tiles import choose
 from cdlm_jax.visibility import Span
 
@@ -92,10 +92,7 @@ def block_attention(
             return result if return_lse else result[0]
         return _on_tpu(q, k, v, **options, scale=scale, return_lse=return_lse)
 
-    if not sharding.mesh_sizes():
-        return local(q, k, v, options)
-    k, v = xla.like_queries(k, q), xla.like_queries(v, q)
-    return _per_device(local, q, k, v, options, return_lse)
+    return per_device(local, q, k, v, options, return_lse)
 
 
 def _on_tpu(
@@ -133,33 +130,6 @@ def _on_tpu(
         tiles=choose(sharding.device().device_kind, q, k, page_table is not None),
         return_lse=return_lse,
     )
-
-
-def _per_device(local, q, k, v, options, return_lse):
-    """Every device runs its rows and heads on its own: nothing is exchanged.
-
-    Pages are whole on every device, but for the key heads; page tables are split by rows.
-    """
-    of_q, of_k = jax.typeof(q).sharding.spec, jax.typeof(k).sharding.spec
-    rows, heads = of_q[0], of_q[2]
-    stack = (None,) * (k.ndim - 4)
-    keys = PartitionSpec(*stack, None if "page_table" in options else rows, None, of_k[-2], None)
-    specs = {
-        "layer": PartitionSpec(),
-        "k_scale": PartitionSpec(*keys[:-3], keys[-2], None),
-        "v_scale": PartitionSpec(*keys[:-3], keys[-2], None),
-    }
-    in_specs = {
-        name: jax.tree.map(lambda _, n=name: specs.get(n, PartitionSpec(rows)), options[name]) for name in options
-    }
-    options = jax.tree.map(jax.reshard, options, in_specs)
-    out = PartitionSpec(rows, None, heads, None)
-    return jax.shard_map(
-        local,
-        in_specs=(out, keys, keys, in_specs),
-        out_specs=(out, PartitionSpec(*out[:-1])) if return_lse else out,
-        check_vma=False,  # a Pallas call does not say over which axes its result varies
-    )(q, k, v, options)
 
 
 def _refusal(q, k, page_table, valid_start, own) -> str | None:
