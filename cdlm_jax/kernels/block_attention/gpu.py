@@ -5,6 +5,7 @@ D head_dim, P programs along the queries. `docs/kernels.md` draws how the kernel
 """
 
 import math
+import re
 from functools import partial
 
 import jax
@@ -22,13 +23,13 @@ SWIZZLED = (plgpu.TilingTransform((ALIGNED, 64)), plgpu.SwizzleTransform(128))  
 SWIZZLED_32 = (plgpu.TilingTransform((ALIGNED, 32)), plgpu.SwizzleTransform(128))
 
 
-def refusal(q: jax.Array, k: jax.Array, page_size: int | None, capability: str) -> str | None:
-    """Why the kernel cannot take these arguments of `api.block_attention`; None if it can.
+HOPPER = re.compile(r"\bG?H(20|100|200|800)\b")  # in a device_kind, all that is known of a mesh's devices
 
-    capability: of the device, as `jax.Device.compute_capability` has it.
-    """
-    if not capability.startswith("9."):
-        return f"it is made for Hopper's wgmma (compute capability 9.0), the device has {capability}"
+
+def refusal(q: jax.Array, k: jax.Array, page_size: int | None, device_kind: str) -> str | None:
+    """Why the kernel cannot take these arguments of `api.block_attention` on this device; None if it can."""
+    if not HOPPER.search(device_kind):
+        return f"it needs Hopper's wgmma, which the {device_kind} has not"
     if q.dtype != jnp.bfloat16:
         return f"q is {q.dtype}, not bfloat16"
     if k.dtype != q.dtype:

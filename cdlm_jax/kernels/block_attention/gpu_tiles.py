@@ -63,5 +63,5 @@ def heuristic(q: jax.Array, k: jax.Array, pages: int = 0, *, queries: int = 0, k
     programs = rows * kv_heads * math.ceil(num_queries / queries)
     splits = max(1, min(CORES // programs, slots * max(1, pages) // (keys * LEAST_TILES)))
     tiles = GpuTiles(queries=queries, keys=keys, stages=0, splits=splits)
-    room = SHARED // (3 - tiles.workers(group)) - tiles.shared(group, head_dim)
+    room = SHARED - tiles.shared(group, head_dim)
     return dataclasses.replace(tiles, stages=min(stages, room // (4 * head_dim * keys)))
