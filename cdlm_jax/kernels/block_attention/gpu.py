@@ -97,15 +97,16 @@ def _kernel(*refs, tiles: GpuTiles, group: int, pages: int, scale: float, interp
     # ---- one warpgroup copies --------------------------------------------------------------------------------------
 
     def fetch(source, buffer, ready, t):
-        """Tile t. What lies behind the last slot of a row arrives as zeros."""
-        size = min(keys, slots) if pages else keys
-        for offset in range(0, keys, size):
-            position, place = t * keys + offset, row
-            if pages:  # behind the row's end, where the table may hold anything, the last page once more
-                page = jnp.minimum(position, length - 1)
-                place, position = table[row * pages + jax.lax.div(page, slots)], jax.lax.rem(position, slots)
-            here = source.at[first_place[0] + place, pl.ds(position, size), head]
-            plgpu.copy_gmem_to_smem(here, buffer.at[stage(t), pl.ds(offset, size)], ready.at[stage(t)])
+        """Tile t, or as many pages. What lies behind the last slot of a row arrives as zeros."""
+        size = min(keys, slots) if pages else keys  # of a copy
+        for i in range(keys // size):
+            copy, place = t * (keys // size) + i, row
+            if pages:  # behind the row's end, where the table may hold anything, its last page once more
+                copy = jnp.minimum(copy, jax.lax.div(length - 1, size))
+                page, copy = jax.lax.div(copy, slots // size), jax.lax.rem(copy, slots // size)
+                place = table[row * pages + page]
+            here = source.at[first_place[0] + place, pl.ds(copy * size, size), head]
+            plgpu.copy_gmem_to_smem(here, buffer.at[stage(t), pl.ds(i * size, size)], ready.at[stage(t)])
 
     @pl.when(warpgroup == workers)
     def _():

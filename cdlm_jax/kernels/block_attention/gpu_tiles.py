@@ -5,7 +5,7 @@ import math
 
 import jax
 
-from cdlm_jax.kernels.block_attention.tiles import measured
+from cdlm_jax.kernels.block_attention import tiles as device_tiles
 
 ALIGNED = 8  # rows of a swizzled tile, which is what copies bring
 WGMMA = 64  # rows of a warpgroup's product
@@ -44,7 +44,7 @@ class GpuTiles:
 
 def choose(device_kind: str, q: jax.Array, k: jax.Array, pages: int = 0) -> GpuTiles:
     """Tiles for q [rows, Q, H, D] and k [..., rows, S, K, D] on one device, or where a row has some pages of S slots."""
-    tuned = {} if pages else measured(device_kind, q, k)
+    tuned = {} if pages else device_tiles.measured(device_kind, q, k)
     return heuristic(q, k, pages, **tuned)
 
 
