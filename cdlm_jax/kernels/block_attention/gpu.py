@@ -44,13 +44,20 @@ def refusal(q: jax.Array, k: jax.Array, page_size: int | None, device_kind: str)
 
 
 # ---- the two products ----------------------------------------------------------------------------------------------
-# Interpret mode knows wgmma only with both factors in SMEM, as they lie there: it multiplies what is loaded from there.
+# Interpret mode knows wgmma only of factors that both are in shared memory, and lie there as they are multiplied. There
+# they are loaded, which takes a fence before the next copy comes, as wgmma's own reading does not.
+
+
+def _loaded(ref: jax.Ref) -> jax.Array:
+    found = ref[...]
+    plgpu.commit_smem()
+    return found
 
 
 def _scores(q: jax.Ref, k: jax.Ref, interpret: bool) -> jax.Array:
     """q [M, D] k^T [D, T] in float32."""
     if interpret:
-        return jax.lax.dot_general(q[...], k[...], (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+        return jnp.dot(_loaded(q), _loaded(k).T, preferred_element_type=jnp.float32)
 
     def multiply(scores):
         plgpu.wgmma(scores, q, plgpu.transpose_ref(k, (1, 0)))
@@ -62,7 +69,7 @@ def _scores(q: jax.Ref, k: jax.Ref, interpret: bool) -> jax.Array:
 def _accumulate(weighted: jax.Array, weights: jax.Array, v: jax.Ref, interpret: bool) -> jax.Array:
     """weighted [M, D] + weights [M, T] v [T, D]."""
     if interpret:
-        return weighted + jnp.dot(weights, v[...], preferred_element_type=jnp.float32)
+        return weighted + jnp.dot(weights, _loaded(v), preferred_element_type=jnp.float32)
     return pl.run_state(lambda sum_: plgpu.wgmma(sum_, weights, v))(plgpu.ACC.init(weighted))
 
 
