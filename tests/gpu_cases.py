@@ -31,7 +31,13 @@ CASES = {
     "one row": GpuCase(rows=1, kv_heads=1, slots=200),
     "ragged slots, padded queries": GpuCase(rows=2, queries=12, group=3, slots=299),
     "two warpgroups, splits": GpuCase(
-        rows=2, queries=24, group=5, kv_heads=1, head_dim=128, slots=440, tiles=GpuTiles(queries=24, keys=64, stages=2, splits=3)
+        rows=2,
+        queries=24,
+        group=5,
+        kv_heads=1,
+        head_dim=128,
+        slots=440,
+        tiles=GpuTiles(queries=24, keys=64, stages=2, splits=3),
     ),
     "four blocks, large tiles": GpuCase(
         rows=2, queries=32, group=7, kv_heads=1, head_dim=128, slots=304, tiles=GpuTiles(queries=32, keys=128, stages=3)

@@ -1,6 +1,7 @@
 """The GPU kernel of block attention, the first of its two gates: against float64 in interpret mode, with all that no
 query sees poisoned. tests/aot/test_gpu.py holds the second."""
 
+import dataclasses
 import re
 import subprocess
 import sys
@@ -17,7 +18,8 @@ from test_block_attention import float64_attention
 
 from cdlm_jax import chips
 from cdlm_jax.kernels.block_attention import gpu, gpu_tiles
-from cdlm_jax.kernels.block_attention.gpu_tiles import choose, heuristic
+from cdlm_jax.kernels.block_attention.cost import gpu_cost
+from cdlm_jax.kernels.block_attention.gpu_tiles import GpuTiles, choose, heuristic
 from cdlm_jax.kernels.block_attention.tiles import shape_name
 
 OLD = jax.__version_info__ < (0, 12)  # its interpreter compiles again for each of a kernel's programs, seconds each
@@ -83,7 +85,13 @@ def test_parts_merge(seed, sizes):
     ],
 )
 def test_what_the_kernel_takes(changes, message):
-    call = {"device_kind": "NVIDIA H100 80GB HBM3", "dtype": jnp.bfloat16, "head_dim": 64, "heads": 4, "page_size": None}
+    call = {
+        "device_kind": "NVIDIA H100 80GB HBM3",
+        "dtype": jnp.bfloat16,
+        "head_dim": 64,
+        "heads": 4,
+        "page_size": None,
+    }
     call |= {"keys": changes.get("dtype", jnp.bfloat16)} | changes
     q = jax.ShapeDtypeStruct((2, 16, call["heads"], call["head_dim"]), call["dtype"])
     k = jax.ShapeDtypeStruct((2, 16, 2, call["head_dim"]), call["keys"])
@@ -138,3 +146,42 @@ def test_tiles_that_were_measured_are_taken(monkeypatch):
     found = choose("NVIDIA H300", q, k)
     assert {name: getattr(found, name) for name in tuned} == tuned
     assert choose("NVIDIA H301", q, k) == heuristic(q, k)
+
+
+# ---- what it moves -------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(st.integers(0, 2000), st.integers(1, 9), st.sampled_from([64, 128]))
+def test_the_splits_share_the_tiles_that_the_cost_model_counts(length, splits, keys):
+    tiles = GpuTiles(queries=8, keys=keys, stages=2, splits=splits)
+    shares = [gpu.share(jnp.int32(length), jnp.int32(split), tiles) for split in range(splits)]
+    fetched = [t for first, last in shares for t in range(int(first), int(last))]
+    assert fetched == list(range(-(-length // keys)))
+    q, k = (jax.ShapeDtypeStruct((1, 8, 1, 64), jnp.bfloat16), jax.ShapeDtypeStruct((1, 2048, 1, 64), jnp.bfloat16))
+    moved, without = (gpu_cost(q, k, np.full((1, 8), each), tiles).moved for each in (length, 0))
+    assert moved - without == len(fetched) * keys * 64 * 2 * 2
+
+
+@pytest.mark.parametrize("context", [1024, 4096, 32768])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(28, 4), (32, 32)], ids=["Dream", "LLaDA"])
+def test_hardly_a_byte_is_moved_twice(context, heads, kv_heads):
+    """A block of 32 after any prompt: at most 1.05 times what has to be moved."""
+    rows, block = 32, 32
+    q = jax.ShapeDtypeStruct((rows, block, heads, 128), jnp.bfloat16)
+    k = jax.ShapeDtypeStruct((rows, context + block, kv_heads, 128), jnp.bfloat16)
+    ends = np.random.default_rng(0).integers(context - block, context + 1, rows) + block
+    found = gpu_cost(q, k, np.repeat(ends[:, None], block, axis=1), heuristic(q, k))
+    assert 1 <= found.ratio < 1.05
+    assert found.buffers <= gpu_tiles.SHARED
+    assert found.seconds(chips.find("NVIDIA H200")) < found.seconds(chips.find("NVIDIA H100 80GB HBM3"))
+
+
+def test_what_splits_move_for_their_merge():
+    """Float32 results of every split, written and read, and queries read by each: small enough for an H100's cache."""
+    q = jax.ShapeDtypeStruct((1, 32, 28, 128), jnp.bfloat16)
+    k = jax.ShapeDtypeStruct((1, 32768, 4, 128), jnp.bfloat16)
+    tiles = heuristic(q, k)
+    split, whole = (gpu_cost(q, k, np.full((1, 32), 32768), dataclasses.replace(tiles, splits=n)) for n in (33, 1))
+    assert tiles.splits == 33 and whole.ratio < 1.01
+    assert whole.moved < split.moved < whole.moved + 50 * 2**20

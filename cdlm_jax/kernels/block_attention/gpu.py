@@ -21,8 +21,6 @@ LOG2_E = math.log2(math.e)
 GRID = ("rows", "heads", "splits", "pieces")  # programs that read the same keys run side by side
 SWIZZLED = (plgpu.TilingTransform((ALIGNED, 64)), plgpu.SwizzleTransform(128))  # as wgmma reads 16-bit matrices
 SWIZZLED_32 = (plgpu.TilingTransform((ALIGNED, 32)), plgpu.SwizzleTransform(128))
-
-
 HOPPER = re.compile(r"\bG?H(20|100|200|800)\b")  # in a device_kind, all that is known of a mesh's devices
 
 
@@ -73,6 +71,14 @@ def _accumulate(weighted: jax.Array, weights: jax.Array, v: jax.Ref, interpret: 
     return pl.run_state(lambda sum_: plgpu.wgmma(sum_, weights, v))(plgpu.ACC.init(weighted))
 
 
+def share(length: jax.Array, split: jax.Array, tiles: GpuTiles) -> tuple[jax.Array, jax.Array]:
+    """The first of a split's tiles, and the one behind its last, of a row of which `length` keys are seen."""
+    all_tiles = pl.cdiv(length, tiles.keys)
+    most = pl.cdiv(all_tiles, tiles.splits)
+    first = jnp.minimum(split * most, all_tiles)
+    return first, jnp.minimum(first + most, all_tiles)
+
+
 # ---- the kernel ----------------------------------------------------------------------------------------------------
 
 
@@ -87,19 +93,16 @@ def _kernel(*refs, tiles: GpuTiles, group: int, pages: int, scale: float, interp
     head_dim = q.shape[3]
 
     length = lengths[row * ends.shape[1] + piece]
-    all_tiles = pl.cdiv(length, keys)
-    share = pl.cdiv(all_tiles, tiles.splits)
-    first, last = split * share, jnp.minimum((split + 1) * share, all_tiles)  # tiles of this split
+    first, last = share(length, split, tiles)
 
     def stage(t):
         return jax.lax.rem(t - first, tiles.stages)
 
-    by_head = [  # of q and out, and of their buffer
-        (q_or_out.at[row, pl.ds(piece * queries, queries), head * group + g], pl.ds(g * queries, queries))
-        for q_or_out in (q, out)
-        for g in range(group)
-        if q_or_out is q or tiles.splits == 1
-    ]
+    def by_head(q_or_out):
+        """This program's part of it, head by head, and where that is in the buffer."""
+        for g in range(group):
+            there = q_or_out.at[row, pl.ds(piece * queries, queries), head * group + g]
+            yield there, q_buffer.at[pl.ds(g * queries, queries)]
 
     # ---- one warpgroup copies --------------------------------------------------------------------------------------
 
@@ -119,8 +122,8 @@ def _kernel(*refs, tiles: GpuTiles, group: int, pages: int, scale: float, interp
     def _():
         if workers > 1:
             plgpu.set_max_registers(40, action="decrease")
-        for source, place in by_head[:group]:
-            plgpu.copy_gmem_to_smem(source, q_buffer.at[place], q_ready)
+        for source, target in by_head(q):
+            plgpu.copy_gmem_to_smem(source, target, q_ready)
         plgpu.copy_gmem_to_smem(ends.at[row, piece], ends_buffer, q_ready)
 
         def by_tile(t, _):
@@ -131,8 +134,9 @@ def _kernel(*refs, tiles: GpuTiles, group: int, pages: int, scale: float, interp
         jax.lax.fori_loop(first, jnp.where(first < last, last + tiles.stages, first), by_tile, None)
         plgpu.barrier_wait(finished)
         plgpu.copy_smem_to_gmem(lse_buffer, lse.at[split, row, head, piece])
-        for target, place in by_head[group:]:
-            plgpu.copy_smem_to_gmem(q_buffer.at[place], target)
+        if tiles.splits == 1:
+            for target, source in by_head(out):
+                plgpu.copy_smem_to_gmem(source, target)
         plgpu.wait_smem_to_gmem(0)
 
     # ---- the others compute, each for its rows of the product ------------------------------------------------------
@@ -242,7 +246,8 @@ def block_attention(
     table = jnp.zeros(1, jnp.int32) if page_table is None else page_table.reshape(-1)
     copies = max(1, keys // k.shape[2]) if page_table is not None else 1
 
-    partial_out = (tiles.splits, rows, heads, pieces, padded_rows)
+    statistics = jax.ShapeDtypeStruct((tiles.splits, rows, heads, pieces, padded_rows), jnp.float32)
+    parts = jax.ShapeDtypeStruct((*statistics.shape, head_dim), jnp.float32)
     ring = plgpu.SMEM((tiles.stages, keys, head_dim), k.dtype, transforms=SWIZZLED)
     workers = tiles.workers(group)
     out, lse = plgpu.kernel(
@@ -254,10 +259,7 @@ def block_attention(
             scale=scale,
             interpret=bool(interpret),
         ),
-        out_type=(
-            jax.ShapeDtypeStruct(*((q.shape, q.dtype) if tiles.splits == 1 else ((*partial_out, head_dim), jnp.float32))),
-            jax.ShapeDtypeStruct(partial_out, jnp.float32),
-        ),
+        out_type=(jax.ShapeDtypeStruct(q.shape, q.dtype) if tiles.splits == 1 else parts, statistics),
         grid=(rows, heads, tiles.splits, pieces),
         grid_names=GRID,
         num_threads=workers + 1,

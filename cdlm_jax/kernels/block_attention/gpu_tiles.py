@@ -48,7 +48,9 @@ def choose(device_kind: str, q: jax.Array, k: jax.Array, pages: int = 0) -> GpuT
     return heuristic(q, k, pages, **tuned)
 
 
-def heuristic(q: jax.Array, k: jax.Array, pages: int = 0, *, queries: int = 0, keys: int = WGMMA, stages: int = 6) -> GpuTiles:
+def heuristic(
+    q: jax.Array, k: jax.Array, pages: int = 0, *, queries: int = 0, keys: int = WGMMA, stages: int = 6
+) -> GpuTiles:
     """Tiles for any shapes, with figures that are known to be good, or: all queries that share a key head in one program
     if they fit, so that nothing is fetched twice, and small tiles of keys, so that hardly any is fetched that no query
     sees. Keys are split where there are too few rows and key heads, into programs for all cores that have some tiles
