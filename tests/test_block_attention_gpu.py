@@ -22,7 +22,8 @@ from cdlm_jax.kernels.block_attention.cost import gpu_cost
 from cdlm_jax.kernels.block_attention.gpu_tiles import GpuTiles, choose, heuristic
 from cdlm_jax.kernels.block_attention.tiles import shape_name
 
-OLD = jax.__version_info__ < (0, 12)  # its interpreter compiles again for each of a kernel's programs, seconds each
+OLD = jax.__version_info__ < (0, 12)
+FAST = ("one row", "large pages")
 
 
 def interpreted(*names: str) -> None:
@@ -36,9 +37,13 @@ def interpreted(*names: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr[-4000:]
 
 
-@pytest.mark.parametrize("names", [["one row", "bfloat16"], pytest.param([*CASES], marks=[pytest.mark.slow] * OLD)])
-def test_values(names):
-    interpreted(*names)
+def test_values():
+    interpreted(*FAST, "bfloat16")
+
+
+@pytest.mark.slow
+def test_more_values():
+    interpreted(*(name for name in CASES if name not in FAST))
 
 
 @pytest.mark.skipif(OLD, reason="JAX before 0.12 does not follow copies to the end when it looks for races")

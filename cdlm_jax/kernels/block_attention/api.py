@@ -68,9 +68,8 @@ def block_attention(
         runs = platform in KERNELS and _refusal(platform, q, k, page_table, valid_start, own) is None
         implementation = platform if runs else "xla"
     elif implementation in KERNELS and (reason := _refusal(implementation, q, k, page_table, valid_start, own)):
-        raise InputError(
-            f"block_attention's implementation {implementation!r} cannot run here: {reason}; allowed: 'xla'"
-        )
+        named = f"block_attention's implementation {implementation!r}"
+        raise InputError(f"{named} cannot run here: {reason}; allowed: 'xla'")
 
     plain = kv_length is page_table is k_scale is None and not return_lse
     if implementation == "xla" and plain:

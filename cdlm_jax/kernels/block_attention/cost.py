@@ -13,9 +13,9 @@ from cdlm_jax.kernels.block_attention.tiles import LANES, Tiles
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cost:
-    """moved: bytes between HBM and the chip, on a GPU those that its cache answers included. least: each visible key and
+    """moved: bytes between HBM and the chip; on a GPU also those that its cache answers. least: each visible key and
     value, each query and result once. flops: of the two products, over visible keys only. buffers: bytes of VMEM that
-    the kernel asks for, to which the compiler adds its temporaries, or of shared memory of a program.
+    the kernel asks for, to which the compiler adds its temporaries, or of shared memory that a program has.
     """
 
     moved: int

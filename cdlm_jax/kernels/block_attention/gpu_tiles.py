@@ -18,8 +18,8 @@ LEAST_TILES = 4  # of a split, to be worth its program
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GpuTiles:
-    """queries: of a program. keys: of a tile. stages: tiles in flight. splits: of a row's keys among programs, whose
-    results are merged."""
+    """queries: of a program, a multiple of 8. keys: of a tile, a multiple of 64. stages: tiles in flight. splits: of a
+    row's keys among programs, whose results are merged."""
 
     queries: int
     keys: int
@@ -43,22 +43,24 @@ class GpuTiles:
 
 
 def choose(device_kind: str, q: jax.Array, k: jax.Array, pages: int = 0) -> GpuTiles:
-    """Tiles for q [rows, Q, H, D] and k [..., rows, S, K, D] on one device, or where a row has some pages of S slots."""
+    """Tiles for q [rows, Q, H, D] and k [..., rows, S, K, D] on one device; or for rows of so many pages of S slots."""
     tuned = {} if pages else device_tiles.measured(device_kind, q, k)
     return heuristic(q, k, pages, **tuned)
 
 
 def heuristic(
-    q: jax.Array, k: jax.Array, pages: int = 0, *, queries: int = 0, keys: int = WGMMA, stages: int = 6
+    q: jax.Array, k: jax.Array, pages: int = 0, *, queries: int | None = None, keys: int = WGMMA, stages: int = 6
 ) -> GpuTiles:
-    """Tiles for any shapes, with figures that are known to be good, or: all queries that share a key head in one program
-    if they fit, so that nothing is fetched twice, and small tiles of keys, so that hardly any is fetched that no query
-    sees. Keys are split where there are too few rows and key heads, into programs for all cores that have some tiles
-    each. Stages are as many as there is room for."""
+    """Tiles for any shapes.
+
+    All queries that share a key head are in one program if they fit, so that nothing is fetched twice; tiles of keys
+    are small, so that hardly any is fetched that no query sees; keys are split where there are too few rows and key
+    heads for all cores; there are as many stages as have room. What was measured takes the place of some of this.
+    """
     rows, num_queries, heads, head_dim = q.shape
     slots, kv_heads = k.shape[-3:-1]
     group = heads // kv_heads
-    if not queries:
+    if queries is None:
         most = MOST_ROWS // group // ALIGNED * ALIGNED
         even = math.ceil(num_queries / math.ceil(num_queries / most))
         queries = math.ceil(even / ALIGNED) * ALIGNED
