@@ -3,6 +3,7 @@
 It needs JAX's CUDA plugin, not a GPU: pip install 'jax[cuda13]'.
 """
 
+import dataclasses
 import re
 
 import jax
@@ -10,8 +11,8 @@ import pytest
 from aot.chips import compiled
 from aot.test_block_attention_tpu import DREAM, LLADA, arguments
 from aot.test_decode_tpu import DREAM as DREAM_7B
+from aot.test_decode_tpu import LENGTH, PROMPT, ROWS, decoder
 from aot.test_decode_tpu import LLADA as LLADA_8B
-from aot.test_decode_tpu import decoder
 
 from cdlm_jax import sharding
 from cdlm_jax.config import InputError
@@ -74,3 +75,16 @@ def test_the_decoder_compiles_with_the_kernel_inside(model, tensor):
     with jax.set_mesh(mesh("h100", MeshConfig(fsdp=4 // tensor, tensor=tensor))):
         text = decoder(model).as_text()
     assert kernels(text) == 3  # prefill, refine, commit and refine
+
+
+@pytest.mark.slow
+def test_the_cache_stays_where_it_is():
+    """Neither is a layer cut out of the cache, nor the whole of it copied, but for its zeros at the start."""
+    sizes = {"hidden_size": 512, "num_layers": 6, "num_heads": 4, "num_kv_heads": 4, "mlp_size": 512}
+    ids = {"vocab_size": 1024, "mask_token_id": 5, "eos_token_id": 6, "pad_token_id": 6}
+    with jax.set_mesh(mesh("h100")):
+        text = decoder(dataclasses.replace(LLADA_8B, **sizes, **ids), merge_commit=False).as_text()
+    assert kernels(text) == 2
+    cache = rf"= bf16\[(?:6,{ROWS}|1,{ROWS}|{6 * ROWS}|{ROWS}),{PROMPT + LENGTH},4,128\]\S* "
+    assert re.search(cache + r"bitcast\(", text)
+    assert not re.findall(cache + r"(?:copy|dynamic-slice)\((?!%broadcast)", text)
