@@ -202,13 +202,13 @@ def _kernel(*refs, tiles: GpuTiles, group: int, pages: int, scale: float, interp
             lse_buffer[pl.ds(start, WGMMA)] = jnp.where(sees, highest * scale + jnp.log(total), -jnp.inf)
             if tiles.splits == 1:
                 q_buffer[pl.ds(start, WGMMA)] = found.astype(out.dtype)
-            else:
+                continue
+            for column in range(0, head_dim, WGMMA):
                 plgpu.wait_smem_to_gmem(0)
-                part_buffer[0][warpgroup] = found
+                part_buffer[0][warpgroup] = found[:, column : column + WGMMA]
                 plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(
-                    part_buffer[0].at[warpgroup], out.at[split, row, head, piece, pl.ds(start, WGMMA)]
-                )
+                there = out.at[split, row, head, piece, pl.ds(start, WGMMA), pl.ds(column, WGMMA)]
+                plgpu.copy_smem_to_gmem(part_buffer[0].at[warpgroup], there)
         plgpu.wait_smem_to_gmem(0)
         plgpu.commit_smem()
         plgpu.barrier_arrive(finished)
@@ -275,7 +275,7 @@ def block_attention(
             *[plgpu.Barrier(num_arrivals=workers, num_barriers=tiles.stages)] * 2,
             plgpu.Barrier(),
             plgpu.Barrier(num_arrivals=workers),
-            *[plgpu.SMEM((workers, WGMMA, head_dim), jnp.float32, transforms=SWIZZLED_32)] * (tiles.splits > 1),
+            *[plgpu.SMEM((workers, WGMMA, WGMMA), jnp.float32, transforms=SWIZZLED_32)] * (tiles.splits > 1),
         ),
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=LoweringSemantics.Warpgroup),
         interpret=interpret,

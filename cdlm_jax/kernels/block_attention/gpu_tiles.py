@@ -38,7 +38,7 @@ class GpuTiles:
     def shared(self, group: int, head_dim: int) -> int:
         """Bytes of shared memory: 16-bit queries and keys, and the float32 results of a split on their way out."""
         rows = self.blocks(group) * WGMMA
-        parts = 4 * self.workers(group) * WGMMA * head_dim if self.splits > 1 else 0
+        parts = 4 * self.workers(group) * WGMMA**2 if self.splits > 1 else 0
         return 2 * head_dim * (rows + 2 * self.stages * self.keys) + 8 * rows + parts + OVERHEAD
 
 
