@@ -121,7 +121,7 @@ def _kernel(*refs, tiles: GpuTiles, group: int, pages: int, scale: float, interp
     @pl.when(warpgroup == workers)
     def _():
         if workers > 1:
-            plgpu.set_max_registers(40, action="decrease")
+            plgpu.set_max_registers(24, action="decrease")
         for source, target in by_head(q):
             plgpu.copy_gmem_to_smem(source, target, q_ready)
         plgpu.copy_gmem_to_smem(ends.at[row, piece], ends_buffer, q_ready)
@@ -158,7 +158,7 @@ def _kernel(*refs, tiles: GpuTiles, group: int, pages: int, scale: float, interp
     @pl.when(warpgroup < workers)
     def _():
         if workers > 1:
-            plgpu.set_max_registers(232, action="increase")
+            plgpu.set_max_registers(240, action="increase")
         blocks = tiles.blocks(group) // workers
         starts = [(warpgroup * blocks + i) * WGMMA for i in range(blocks)]
 
@@ -168,25 +168,25 @@ def _kernel(*refs, tiles: GpuTiles, group: int, pages: int, scale: float, interp
 
         def by_tile(t, states):
             plgpu.barrier_wait(k_ready.at[stage(t)])
-            every = [_scores(q_buffer.at[pl.ds(start, WGMMA)], k_buffer.at[stage(t)], interpret) for start in starts]
-            plgpu.barrier_arrive(k_free.at[stage(t)])
             position = jax.lax.broadcasted_iota(jnp.int32, (WGMMA, keys), 1) + t * keys
-            factors = []
-            for scores, end, (weighted, highest, total) in zip(every, seen, states, strict=True):
+            following = []
+            for start, end, (weighted, highest, total) in zip(starts, seen, states, strict=True):
+                scores = _scores(q_buffer.at[pl.ds(start, WGMMA)], k_buffer.at[stage(t)], interpret)
+                if start is starts[-1]:
+                    plgpu.barrier_arrive(k_free.at[stage(t)])
                 scores = jnp.where(position < across(end, keys), scores, HIDDEN)
                 now = jnp.maximum(highest, jnp.max(scores, axis=1))
                 kept = jnp.exp2((highest - now) * (scale * LOG2_E))
                 weights = jnp.exp2((scores - across(now, keys)) * (scale * LOG2_E))
                 total = total * kept + jnp.sum(weights, axis=1)
-                factors.append((weighted * across(kept, head_dim), now, total, weights.astype(v.dtype)))
-            plgpu.barrier_wait(v_ready.at[stage(t)])
-            pl.when((t + 1) * keys > length)(lambda: clear_unseen(t))
-            states = [
-                (_accumulate(weighted, weights, v_buffer.at[stage(t)], interpret), highest, total)
-                for weighted, highest, total, weights in factors
-            ]
+                if start is starts[0]:
+                    plgpu.barrier_wait(v_ready.at[stage(t)])
+                    pl.when((t + 1) * keys > length)(lambda: clear_unseen(t))
+                weighted *= across(kept, head_dim)
+                weighted = _accumulate(weighted, weights.astype(v.dtype), v_buffer.at[stage(t)], interpret)
+                following.append((weighted, now, total))
             plgpu.barrier_arrive(v_free.at[stage(t)])
-            return states
+            return following
 
         nothing = (
             jnp.zeros((WGMMA, head_dim), jnp.float32),
