@@ -1,17 +1,20 @@
-"""What the kernels cost: on a TPU measured, elsewhere as the cost model has it.
+"""What the kernels cost: on a TPU or GPU measured, elsewhere as the cost model has it.
 
-    python benchmarks/kernels.py            the report, and on a TPU values and times
-    python benchmarks/kernels.py --tune     on a TPU: also tries tiles, and writes the best into tuning.json
+    python benchmarks/kernels.py            the report, and on a TPU or GPU values and times
+    python benchmarks/kernels.py --tune     there: also tries tiles, and writes the best into tuning.json
 
-On a TPU the values are checked first. A time is of the kernel alone: many calls chained inside one program, less what
-the same loop takes without the call. It is compared with XLA's attention and JAX's paged attention kernel, which takes
-one query for each row and key head group: a block of Q queries is Q * G heads to it.
+The values are checked first. A time is of the kernel alone: many calls chained inside one program, less what the same
+loop takes without the call. It is compared with XLA's attention and a library's: on a TPU JAX's paged attention kernel,
+which takes one query for each row and key head group (a block of Q queries is Q * G heads to it), on a GPU cuDNN's.
 """
 
 import argparse
+import dataclasses
 import functools
 import json
 import time
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +22,10 @@ import numpy as np
 from jax.experimental.pallas.ops.tpu.paged_attention import paged_attention
 
 from cdlm_jax.chips import CHIPS
-from cdlm_jax.kernels.block_attention import tpu, xla
-from cdlm_jax.kernels.block_attention.cost import cost
-from cdlm_jax.kernels.block_attention.tiles import TUNED, Tiles, choose, heuristic, shape_name
+from cdlm_jax.kernels.block_attention import gpu, gpu_tiles, tiles, tpu, xla
+from cdlm_jax.kernels.block_attention.cost import Cost, cost, gpu_cost
+from cdlm_jax.kernels.block_attention.gpu_tiles import GpuTiles
+from cdlm_jax.kernels.block_attention.tiles import TUNED, Tiles, shape_name
 
 ROWS, BLOCK, PAGE = 32, 32, 128
 MODELS = {"Dream-7B": (28, 4), "LLaDA-8B": (32, 32)}  # heads, key heads of 128
@@ -42,20 +46,40 @@ def ends_of(context: int, rows: int = ROWS) -> np.ndarray:
     return np.repeat(ends[:, None], BLOCK, axis=1).astype(np.int32)
 
 
-def report() -> None:
-    print(f"Block attention, {ROWS} rows, {BLOCK} queries each, bfloat16: cost model")
-    names = "  ".join(f"{chip.name:>9}" for chip in TPUS)
-    print(f"{'model':10} {'context':>8} {'moved / least':>14} {'FLOPs/byte':>11} {'VMEM MiB':>9}  {names}  (bound, us)")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Kernel:
+    """What differs between the two. chips: names of those it is for. memory: what its tiles lie in.
+    choose(device_kind, q, k) -> tiles, candidates(q, k) -> the fields of tiles that `--tune` tries,
+    library(q, keys, values, ends), of which keys and values are made by prepare(k)."""
+
+    name: str
+    chips: tuple[str, ...]
+    memory: str
+    run: Callable[..., jax.Array]
+    cost: Callable[..., Cost]
+    choose: Callable[[str, jax.Array, jax.Array], Any]
+    candidates: Callable[[jax.Array, jax.Array], list]
+    library: Callable[..., jax.Array]
+    prepare: Callable[[jax.Array], jax.Array]
+
+    def with_tiles(self, tiles):
+        zero = jnp.zeros((), jnp.int32)
+        return lambda q, k, v, ends: self.run(q, k, v, visible_end=ends, layer=zero, scale=128**-0.5, tiles=tiles)
+
+
+def report(kernel: Kernel) -> None:
+    found = [chip for chip in CHIPS if chip.name in kernel.chips]
+    print(f"Block attention on {kernel.name}, {ROWS} rows, {BLOCK} queries each, bfloat16: cost model")
+    names = "  ".join(f"{chip.name:>9}" for chip in found)
+    title = f"{kernel.memory} KiB"
+    print(f"{'model':10} {'context':>8} {'moved / least':>14} {'FLOPs/byte':>11} {title:>10}  {names}  (bound, us)")
     for model in MODELS:
         for context in CONTEXTS:
             q, k = shapes(model, context)
-            found = cost(q, k, ends_of(context), heuristic(q, k, False))
-            bounds = "  ".join(f"{1e6 * found.seconds(chip):9.0f}" for chip in TPUS)
-            figures = f"{found.ratio:14.3f} {found.intensity:11.1f} {found.buffers / 2**20:9.1f}"
+            cost = kernel.cost(q, k, ends_of(context), kernel.choose("", q, k))
+            bounds = "  ".join(f"{1e6 * cost.seconds(chip):9.0f}" for chip in found)
+            figures = f"{cost.ratio:14.3f} {cost.intensity:11.1f} {cost.buffers / 2**10:10.0f}"
             print(f"{model:10} {context:8} {figures}  {bounds}")
-
-
-TPUS = [chip for chip in CHIPS if chip.torus]
 
 
 def seconds(call, q: jax.Array, *arguments: jax.Array) -> float:
@@ -75,13 +99,6 @@ def seconds(call, q: jax.Array, *arguments: jax.Array) -> float:
         return min(times) / CALLS
 
     return best(call) - best(lambda q, *_: q * 1)
-
-
-def kernel(tiles: Tiles):
-    zero = jnp.zeros((), jnp.int32)
-    return lambda q, k, v, ends: tpu.block_attention(
-        q, k, v, visible_end=ends, layer=zero, scale=128**-0.5, tiles=tiles
-    )
 
 
 def on_xla(q, k, v, ends):
@@ -104,9 +121,13 @@ def paged(x: jax.Array) -> jax.Array:
     return x.reshape(-1, PAGE, *x.shape[2:]).transpose(2, 0, 1, 3)
 
 
-def candidates(q, k) -> list[Tiles]:
+def on_cudnn(q, k, v, ends):
+    return jax.nn.dot_product_attention(q, k[0], v[0], key_value_seq_lengths=ends[:, 0], implementation="cudnn")
+
+
+def tpu_candidates(q, k) -> list[Tiles]:
     """The heuristic's tiles and their neighbours."""
-    first = heuristic(q, k, False)
+    first = tiles.heuristic(q, k, False)
     return [
         Tiles(rows=rows, queries=first.queries, keys=keys, chunk=chunk)
         for rows in sorted({1, first.rows, 2 * first.rows})
@@ -115,10 +136,47 @@ def candidates(q, k) -> list[Tiles]:
     ]
 
 
-def measure(tune: bool) -> None:
+def gpu_candidates(q, k) -> list[GpuTiles]:
+    """The heuristic's tiles and their neighbours."""
+    first = gpu_tiles.heuristic(q, k)
+    return [
+        gpu_tiles.heuristic(q, k, queries=queries, keys=keys, stages=stages)
+        for queries in sorted({first.queries, max(8, first.queries // 16 * 8)})
+        for keys in (64, 128)
+        for stages in (2, 3, 4, 6)
+    ]
+
+
+KERNELS = {
+    "tpu": Kernel(
+        name="TPU",
+        chips=tuple(chip.name for chip in CHIPS if chip.torus),
+        memory="VMEM",
+        run=tpu.block_attention,
+        cost=cost,
+        choose=lambda kind, q, k: tiles.choose(kind, q, k, False),
+        candidates=tpu_candidates,
+        library=on_pages,
+        prepare=paged,
+    ),
+    "gpu": Kernel(
+        name="GPU",
+        chips=("H100", "H200"),
+        memory="shared",
+        run=gpu.block_attention,
+        cost=gpu_cost,
+        choose=gpu_tiles.choose,
+        candidates=gpu_candidates,
+        library=on_cudnn,
+        prepare=lambda x: x,
+    ),
+}
+
+
+def measure(kernel: Kernel, tune: bool) -> None:
     kind = jax.devices()[0].device_kind
     print(f"\nMeasured on one {kind}, us a call")
-    print(f"{'model':10} {'context':>8} {'kernel':>9} {'XLA':>9} {'paged':>9} {'GB/s':>7}  tiles")
+    print(f"{'model':10} {'context':>8} {'kernel':>9} {'XLA':>9} {'library':>9} {'GB/s':>7}  tiles")
     tuned = json.loads(TUNED.read_text())
     for model in MODELS:
         for context in CONTEXTS[:2]:
@@ -126,25 +184,27 @@ def measure(tune: bool) -> None:
             keys = jax.random.split(jax.random.key(0), 3)
             q, k, v = (jax.random.normal(key, x.shape, x.dtype) for key, x in zip(keys, (q, k, k), strict=True))
             ends = jnp.asarray(ends_of(context))
-            tiles = choose(kind, q, k, False)
+            chosen = kernel.choose(kind, q, k)
             expected = jax.jit(on_xla)(q, k, v, ends).astype(jnp.float32)
-            worst = jnp.abs(jax.jit(kernel(tiles))(q, k, v, ends).astype(jnp.float32) - expected).max()
+            worst = jnp.abs(jax.jit(kernel.with_tiles(chosen))(q, k, v, ends).astype(jnp.float32) - expected).max()
             if not worst < 0.02:
                 raise SystemExit(f"wrong values on {kind}: {model} at {context} is off by {worst}")
             if tune:
                 timed = {}
-                for each in candidates(q, k):
+                for each in dict.fromkeys(kernel.candidates(q, k)):
                     try:
-                        timed[each] = seconds(kernel(each), q, k, v, ends)
-                    except jax.errors.JaxRuntimeError as error:  # most likely more VMEM than there is
+                        timed[each] = seconds(kernel.with_tiles(each), q, k, v, ends)
+                    except (jax.errors.JaxRuntimeError, ValueError) as error:  # most likely more memory than there is
                         print(f"  {each}: {str(error).splitlines()[0][:80]}")
-                tiles = min(timed, key=timed.get)
-                tuned.setdefault(kind, {})[shape_name(q, k)] = vars(tiles)
-            ours = seconds(kernel(tiles), q, k, v, ends)
-            others = seconds(on_xla, q, k, v, ends), seconds(on_pages, q, paged(k), paged(v), ends)
-            moved = cost(q, k, np.asarray(ends), tiles).moved
+                chosen = min(timed, key=timed.get)
+                fields = {name: size for name, size in vars(chosen).items() if name != "splits"}  # depends on the rows
+                tuned.setdefault(kind, {})[shape_name(q, k)] = fields
+            ours = seconds(kernel.with_tiles(chosen), q, k, v, ends)
+            library = seconds(kernel.library, q, kernel.prepare(k), kernel.prepare(v), ends)
+            others = seconds(on_xla, q, k, v, ends), library
+            moved = kernel.cost(q, k, np.asarray(ends), chosen).moved
             figures = " ".join(f"{1e6 * each:9.1f}" for each in (ours, *others))
-            print(f"{model:10} {context:8} {figures} {moved / ours / 1e9:7.0f}  {tiles}")
+            print(f"{model:10} {context:8} {figures} {moved / ours / 1e9:7.0f}  {chosen}")
     if tune:
         TUNED.write_text(json.dumps(tuned, indent=2, sort_keys=True) + "\n")
         print(f"wrote {TUNED}")
@@ -154,11 +214,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tune", action="store_true", help="try tiles and write the best into tuning.json")
     tune = parser.parse_args().tune
-    report()
-    if jax.default_backend() == "tpu":
-        measure(tune)
+    for kernel in KERNELS.values():
+        report(kernel)
+        print()
+    if (backend := jax.default_backend()) in KERNELS:
+        measure(KERNELS[backend], tune)
     else:
-        print(f"\nNo TPU here, only {jax.default_backend()}: nothing was measured.")
+        print(f"No TPU or GPU here, only {backend}: nothing was measured.")
 
 
 if __name__ == "__main__":
