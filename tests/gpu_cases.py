@@ -42,8 +42,10 @@ CASES = {
     "four blocks, large tiles": GpuCase(
         rows=2, queries=32, group=7, kv_heads=1, head_dim=128, slots=304, tiles=GpuTiles(queries=32, keys=128, stages=3)
     ),
-    "fewer slots than a tile": GpuCase(slots=40, tiles=GpuTiles(queries=8, keys=64, stages=2, splits=2)),
-    "small pages": GpuCase(page_size=8, slots=144),
+    "fewer slots than a tile": GpuCase(
+        rows=2, kv_heads=1, slots=40, tiles=GpuTiles(queries=8, keys=64, stages=2, splits=2)
+    ),
+    "small pages": GpuCase(rows=2, page_size=8, slots=144),
     "large pages": GpuCase(page_size=128, slots=384, rows=2, kv_heads=1),
 }
 # What lies behind a row's last slot arrives as zeros on a GPU, as nan here.

@@ -33,6 +33,7 @@ CASES = {
     "one key head, odd slots": (arguments(3, 12, 7, 1, 128, 1001), {"return_lse": True}),
     "three key heads of 64": (arguments(8, 32, 9, 3, 64, 1000), {}),
 }
+IDS = ["Dream", "Dream, tensor 4", "LLaDA, tensor 2"]
 FAST = ("Dream, block", "LLaDA, prefill", "Dream, one row", "small pages")
 
 
@@ -70,7 +71,7 @@ def test_other_boards_use_xla(board):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("model", "tensor"), [(DREAM_7B, 1), (DREAM_7B, 4), (LLADA_8B, 2)])
+@pytest.mark.parametrize(("model", "tensor"), [(DREAM_7B, 1), (DREAM_7B, 4), (LLADA_8B, 2)], ids=IDS)
 def test_the_decoder_compiles_with_the_kernel_inside(model, tensor):
     with jax.set_mesh(mesh("h100", MeshConfig(fsdp=4 // tensor, tensor=tensor))):
         text = decoder(model).as_text()

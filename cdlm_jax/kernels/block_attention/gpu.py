@@ -18,7 +18,7 @@ from cdlm_jax.kernels.block_attention.gpu_tiles import ALIGNED, MOST_ROWS, WGMMA
 
 HIDDEN = -0.7 * float(jnp.finfo(jnp.float32).max)  # a score that loses against any other; finite, so that x - x is 0
 LOG2_E = math.log2(math.e)
-GRID = ("rows", "heads", "splits", "pieces")  # programs that read the same keys run side by side
+GRID = ("rows", "heads", "pieces")  # rows * heads would be more than CUDA's 65535; the last one varies first
 SWIZZLED = (plgpu.TilingTransform((ALIGNED, 64)), plgpu.SwizzleTransform(128))  # as wgmma reads 16-bit matrices
 SWIZZLED_32 = (plgpu.TilingTransform((ALIGNED, 32)), plgpu.SwizzleTransform(128))
 HOPPER = re.compile(r"\bG?H(20|100|200|800)\b")  # in a device_kind, all that is known of a mesh's devices
@@ -87,7 +87,8 @@ def _kernel(*refs, tiles: GpuTiles, group: int, pages: int, scale: float, interp
     lengths, first_place, table, ends, q, k, v, out, lse, *refs = refs  # HBM, as `block_attention` hands them over
     q_buffer, k_buffer, v_buffer, ends_buffer, lse_buffer, *refs = refs  # shared memory
     q_ready, k_ready, v_ready, k_free, v_free, cleared, finished, *part_buffer = refs
-    row, head, split, piece = (jax.lax.axis_index(name) for name in GRID)
+    row, head_and_split, piece = (jax.lax.axis_index(name) for name in GRID)
+    head, split = jax.lax.div(head_and_split, tiles.splits), jax.lax.rem(head_and_split, tiles.splits)
     warpgroup, workers = jax.lax.axis_index("warpgroup"), tiles.workers(group)
     slots, keys, queries = k.shape[1], tiles.keys, tiles.queries
     head_dim = q.shape[3]
@@ -260,7 +261,7 @@ def block_attention(
             interpret=bool(interpret),
         ),
         out_type=(jax.ShapeDtypeStruct(q.shape, q.dtype) if tiles.splits == 1 else parts, statistics),
-        grid=(rows, heads, tiles.splits, pieces),
+        grid=(rows, heads * tiles.splits, pieces),
         grid_names=GRID,
         num_threads=workers + 1,
         thread_name="warpgroup",
