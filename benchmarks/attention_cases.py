@@ -17,14 +17,24 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 )
 
 from cdlm_jax.chips import Chip
-from cdlm_jax.kernels.block_attention import block_attention, reference, tpu, training_attention, xla
-from cdlm_jax.kernels.block_attention.cost import cost
-from cdlm_jax.kernels.block_attention.tiles import TUNED, Tiles, heuristic, shape_name
+from cdlm_jax.kernels.block_attention import (
+    block_attention,
+    gpu,
+    gpu_tiles,
+    reference,
+    tiles,
+    tpu,
+    training_attention,
+    xla,
+)
+from cdlm_jax.kernels.block_attention.cost import Cost, cost, gpu_cost
+from cdlm_jax.kernels.block_attention.gpu_tiles import GpuTiles
+from cdlm_jax.kernels.block_attention.tiles import TUNED, Tiles, shape_name
 from cdlm_jax.visibility import visible_end
 
 ROWS, BLOCK, PAGE, HEAD_DIM = 32, 32, 128, 128
 PAGES_AT_ONCE = 4
-KERNELS = ("tpu",)  # platforms that have one, by the name of its implementation
+KERNELS = {"tpu": tpu.block_attention, "gpu": gpu.block_attention}
 MODELS = {"Dream-7B": (28, 4), "LLaDA-8B": (32, 32)}  # heads, key heads
 CONTEXTS = (1024, 4096, 32768)  # of which all but the last are measured
 TRAINED = {"rows": 4, "prompt": 512, "response": 256}
@@ -55,9 +65,9 @@ def on_kernel(q, k, v, ends, *, implementation):
     return block_attention(q, k, v, visible_end=ends, layer=jnp.int32(0), implementation=implementation)
 
 
-def with_tiles(tiles: Tiles):
-    scale, layer = HEAD_DIM**-0.5, jnp.int32(0)
-    return lambda q, k, v, ends: tpu.block_attention(q, k, v, visible_end=ends, layer=layer, scale=scale, tiles=tiles)
+def with_tiles(chosen: Tiles | GpuTiles, *, platform: str):
+    options = {"layer": jnp.int32(0), "scale": HEAD_DIM**-0.5, "tiles": chosen}
+    return lambda q, k, v, ends: KERNELS[platform](q, k, v, visible_end=ends, **options)
 
 
 def right(q, k, v, ends):
@@ -163,9 +173,19 @@ LIBRARIES = {
 }
 
 
-def candidates(q, k) -> list[Tiles]:
+def candidates(q, k, *, platform: str) -> list[Tiles] | list[GpuTiles]:
     """The heuristic's tiles and their neighbours."""
-    first = heuristic(q, k, False)
+    if platform == "gpu":
+        first = gpu_tiles.heuristic(q, k)
+        fewer = max(gpu_tiles.ALIGNED, first.queries // 16 * 8)
+        every = (
+            gpu_tiles.heuristic(q, k, queries=queries, keys=keys, stages=stages)
+            for queries in (first.queries, fewer)
+            for keys in (64, 128)
+            for stages in (2, 3, 4, 6)
+        )
+        return [*dict.fromkeys(every)]  # stages are as many as there is room for
+    first = tiles.heuristic(q, k, False)
     return [
         Tiles(rows=rows, queries=first.queries, keys=keys, chunk=chunk)
         for rows in sorted({1, first.rows, 2 * first.rows})
@@ -174,19 +194,31 @@ def candidates(q, k) -> list[Tiles]:
     ]
 
 
+def cost_of(platform: str, model: str, context: int, rows: int = ROWS) -> Cost:
+    """With the heuristic's tiles."""
+    q, k = shapes(model, context, rows)
+    ends = ends_of(context, rows)
+    if platform == "gpu":
+        return gpu_cost(q, k, ends, gpu_tiles.heuristic(q, k))
+    return cost(q, k, ends, tiles.heuristic(q, k, False))
+
+
 def step_case(platform: str, model: str, context: int, rows: int = ROWS) -> Case:
     q, k = shapes(model, context, rows)
-    found = cost(q, k, ends_of(context, rows), heuristic(q, k, False))
     return Case(
         name=f"{model}, block, context {context}",
         make=lambda: (*normal(q, k, k), jnp.asarray(ends_of(context, rows))),
         call=partial(on_kernel, implementation=platform),
         expected=right,
         others=LIBRARIES[platform],
-        least=found.least,
-        tuning=Tuning(candidates=partial(candidates, q, k), call=with_tiles, file=TUNED, shape=shape_name(q, k))
-        if platform == "tpu"
-        else None,
+        least=cost_of(platform, model, context, rows).least,
+        tuning=Tuning(
+            candidates=partial(candidates, q, k, platform=platform),
+            call=partial(with_tiles, platform=platform),
+            file=TUNED,
+            shape=shape_name(q, k),
+            fields=("queries", "keys", "stages") if platform == "gpu" else (),  # splits depend on the number of rows
+        ),
     )
 
 
@@ -230,13 +262,13 @@ def cases(platform: str) -> list[Case]:
 
 
 def cost_model(chips: list[Chip]) -> tuple[list[str], list[list[str]]]:
-    """A table, its head and its rows: the TPU kernel's bytes and bounds for a block step."""
-    head = ["block step", "context", "moved / least", "FLOPs/byte", "VMEM MiB", *(f"{chip.name}, us" for chip in chips)]
+    """A table, its head and its rows: a kernel's bytes and bounds for a block step, on chips of one kind."""
+    platform, on_chip, unit = ("tpu", "VMEM MiB", 2**20) if chips[0].torus else ("gpu", "shared KiB", 2**10)
+    head = ["block step", "context", "moved / least", "FLOPs/byte", on_chip, *(f"{chip.name}, us" for chip in chips)]
     lines = []
     for model in MODELS:
         for context in CONTEXTS:
-            q, k = shapes(model, context)
-            found = cost(q, k, ends_of(context), heuristic(q, k, False))
-            figures = [f"{found.ratio:.3f}", f"{found.intensity:.1f}", f"{found.buffers / 2**20:.1f}"]
+            found = cost_of(platform, model, context)
+            figures = [f"{found.ratio:.3f}", f"{found.intensity:.1f}", f"{found.buffers / unit:.1f}"]
             lines.append([model, str(context), *figures, *(f"{1e6 * found.seconds(chip):.0f}" for chip in chips)])
     return head, lines

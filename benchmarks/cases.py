@@ -26,17 +26,20 @@ class Compared(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tuning:
-    """A search of tiles: candidates (dataclasses), the call with some of them, and the place of the best in a file."""
+    """A search of tiles: candidates (dataclasses), the call with some of them, and the place of the best in a file.
+    fields: those that are written; all if empty."""
 
     candidates: Callable[[], Sequence[Any]]
     call: Callable[[Any], Callable]
     file: Path
     shape: str
+    fields: tuple[str, ...] = ()
 
     def write(self, device_kind: str, best: Any) -> None:
         """Adds the entry device kind -> shape -> fields to the file."""
         tuned = json.loads(self.file.read_text())
-        tuned.setdefault(device_kind, {})[self.shape] = dataclasses.asdict(best)
+        found = {name: size for name, size in vars(best).items() if name in (self.fields or vars(best))}
+        tuned.setdefault(device_kind, {})[self.shape] = found
         self.file.write_text(json.dumps(tuned, indent=2, sort_keys=True) + "\n")
 
 
@@ -109,7 +112,7 @@ def search(tuning: Tuning, arguments: tuple) -> tuple[Any, dict[Any, float]]:
     for each in tuning.candidates():
         try:
             times[each] = seconds(tuning.call(each), arguments)
-        except jax.errors.JaxRuntimeError as refused:  # most likely more memory on the chip than there is
+        except (jax.errors.JaxRuntimeError, ValueError) as refused:  # most likely more memory on the chip than there is
             print(f"  {each}: {str(refused).splitlines()[0][:80]}")
             times[each] = math.inf
     return min(times, key=times.get), times

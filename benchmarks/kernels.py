@@ -1,7 +1,7 @@
 """The benchmark of all kernels: on a chip measured, elsewhere what the cost model and the compilers say.
 
     python benchmarks/kernels.py                  on a TPU or GPU: values, then times; else the compile-time report
-    python benchmarks/kernels.py --tune           on a TPU: also search tiles, and write the best into tuning.json
+    python benchmarks/kernels.py --tune           there: also search tiles, and write the best into tuning.json
     python benchmarks/kernels.py --profile=DIR    also one call of each kernel as an XProf trace, by name
     python benchmarks/kernels.py --chips=v5e,v6e  compile for these only
 
@@ -30,7 +30,9 @@ from cdlm_jax.sharding import MeshConfig
 MODULES = (attention_cases, vocab_cases)
 MACHINES = {
     "tpu": {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"},
+    "gpu": {"h100": "h100:1"},
 }
+GPUS = ("H100", "H200")  # of `chips.CHIPS`, those with a kernel
 MIB = 2**20
 
 
@@ -56,8 +58,10 @@ def table(head: list[str], lines: list[list[str]]) -> str:
 
 def cost_models() -> None:
     tpus = [chip for chip in chips.CHIPS if chip.torus]
+    gpus = [chip for chip in chips.CHIPS if chip.name in GPUS]
     for module in MODULES:
-        print(f"\n{table(*module.cost_model(tpus))}")
+        for kind in (tpus, gpus):
+            print(f"\n{table(*module.cost_model(kind))}")
 
 
 def compile_all(names: list[str]) -> None:
