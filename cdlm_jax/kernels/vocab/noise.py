@@ -42,4 +42,7 @@ def gumbel(seeds: Seeds, ids: jax.Array) -> jax.Array:
     high, low = threefry((seeds.high, seeds.low), (seeds.place, ids.astype(jnp.uint32)))
     high, low = ((word >> jnp.uint32(1)).astype(jnp.int32).astype(jnp.float32) for word in (high, low))
     u = jnp.minimum(high * 2.0**-31 + (low + 0.5) * 2.0**-62, 1 - 2.0**-24)
-    return -jnp.log(-jnp.log1p(-u))
+    rest = 1 - u
+    # -log1p(-u): exact to the last places, of operations that every kernel's compiler has (W. Kahan's formula).
+    exponential = jnp.where(rest < 1, jnp.log(rest) * (u / (rest - 1)), u)
+    return -jnp.log(exponential)

@@ -1,4 +1,4 @@
-"""The three functions, as walks over the vocabulary that an engine (of `xla` or `tpu`) makes."""
+"""The three functions, as walks over the vocabulary that an engine (of `xla`, `tpu` or `gpu`) makes."""
 
 from functools import partial, reduce
 
@@ -14,7 +14,6 @@ from cdlm_jax.kernels.vocab.statistics import (
     merge_divergences,
     merge_likelihoods,
     merge_peaks,
-    peak,
     read_divergence,
     read_likelihood,
     read_peak,
@@ -29,7 +28,7 @@ def per_row(tree):
 def confidence(engine, hidden, head, forbidden, temperature, seeds: Seeds | None) -> Confidence:
     def measure(z, ids, seeds):
         barred = reduce(jnp.logical_or, (ids == token for token in forbidden)) if forbidden else None
-        return peak(*z, ids, barred, temperature, seeds)
+        return engine.peak(*z, ids, barred, temperature, seeds)
 
     rows = Rows((hidden,), extra=per_row(seeds))
     found = read_peak(engine.statistics(measure, merge_peaks, rows, (head,)))
