@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from cdlm_jax.config import InputError
 from cdlm_jax.kernels.vocab import confidence, linear_kl, linear_nll, nll, reference, xla
-from cdlm_jax.kernels.vocab.noise import Seeds, gumbel, threefry
+from cdlm_jax.kernels.vocab.noise import Seeds, exponential, gumbel, threefry
 
 
 def log_softmax(z):
@@ -381,6 +381,11 @@ def test_what_confidence_refuses(options, message):
 def test_threefry_gives_the_published_answers(key, count, expected):
     words = [tuple(map(jnp.uint32, pair)) for pair in (key, count)]
     assert tuple(map(int, threefry(*words))) == expected
+
+
+def test_exponential_is_exact():
+    u = np.concatenate([np.logspace(-18, -1, 2000), 1 - np.logspace(-7, -1, 500)]).astype(np.float32)
+    np.testing.assert_allclose(jax.jit(exponential)(u), -np.log1p(-u.astype(np.float64)), rtol=1e-6)
 
 
 def test_noise_is_gumbel_and_independent():

@@ -136,7 +136,8 @@ def _engine(implementation: Implementation | None, hidden, head, tile: int, kern
         allowed = ", ".join(map(repr, get_args(Implementation)))
         raise InputError(f"unknown implementation {implementation!r} of the vocabulary, allowed: {allowed}")
     elif implementation != "xla" and (reason := _refusal(implementation, hidden, head, kernels)):
-        raise InputError(f"the vocabulary's implementation {implementation!r} cannot run here: {reason}; allowed: 'xla'")
+        name = f"the vocabulary's implementation {implementation!r}"
+        raise InputError(f"{name} cannot run here: {reason}; allowed: 'xla'")
     return {"tpu": tpu.Engine, "gpu": gpu.Engine, "xla": partial(xla.Engine, tile)}[implementation]()
 
 

@@ -1,13 +1,14 @@
 """Streams hidden rows and head through the shared memory of an NVIDIA Hopper (Pallas Mosaic GPU): logits are made by
 wgmma, read in registers and forgotten.
 
-One kernel, for `confidence`, on a grid of (splits of the vocabulary, tiles of rows). Of a program's warpgroups one copies
-(TMA, into a ring of stages); each of the others has ROWS rows of the tile and goes through the split's columns, tile by
-tile, with the statistics of its rows in registers. `docs/kernels_vocab.md` draws how it walks memory. On a mesh every
-device runs it on its own rows and columns, as the TPU kernels.
+One kernel, for `confidence`, on a grid of (splits of the vocabulary, tiles of rows). One of a program's warpgroups
+copies (TMA, into a ring of stages); each of the others has ROWS rows of the tile and goes through the split's columns,
+tile by tile, with the statistics of its rows in registers. `docs/kernels_vocab.md` draws how it walks memory. On a mesh
+every device runs it on its own rows and columns, as the TPU kernels.
 """
 
 import dataclasses
+import re
 from typing import Any
 
 import jax
@@ -22,17 +23,18 @@ from cdlm_jax.kernels.vocab.xla import sweep
 
 ROWS = 64  # of a warpgroup's wgmma
 DEPTH = 64  # of d that a stage holds: 128 bytes, the widest swizzle
+ALIGNED = 8  # rows that TMA lays out together, with DEPTH columns
 WIDTH = 8  # columns whose statistics are kept apart: those that lie in the same registers
-SHARED = 216 * 2**10  # bytes of shared memory for the ring, of 227 KiB
+RING = 216 * 2**10  # bytes, of 227 KiB of shared memory
 SCRATCH = 7  # arguments of the kernel's body that are scratch memory
-HOPPER = ("H100", "H200", "H800", "H20")
+HOPPER = re.compile(r"\bG?H(20|100|200|800)\b")  # in a device_kind, all that is known of a mesh's devices
 
 # ---- tiles ---------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tiles:
-    """rows, columns: of a tile. splits: parts of the vocabulary that programs walk on their own. stages: of the ring."""
+    """rows, columns: of a tile. splits: parts of the vocabulary, one for each program. stages: of the ring."""
 
     rows: int
     columns: int
@@ -45,22 +47,27 @@ class Tiles:
         return self.rows // ROWS
 
     @property
-    def shared(self) -> int:
-        """Bytes of the ring."""
-        return self.stages * stage(self.rows, self.columns)
+    def stage(self) -> int:
+        """Bytes of a stage."""
+        return (self.rows + self.columns) * DEPTH * 2
+
+    def shared(self, extras: int) -> int:
+        """Bytes of shared memory: the ring, results on their way out, a row's `extras` numbers, and barriers."""
+        results = 2 * self.rows * WIDTH * 4
+        return self.stages * self.stage + results + 4 * extras * self.rows + 8 * (2 * self.stages + 1)
 
 
-def stage(rows: int, columns: int) -> int:
-    return (rows + columns) * DEPTH * 2
-
-
-def choose(n: int, vocab: int, cores: int) -> Tiles:
-    """Up to 64 rows the head's bytes are the limit, so tiles are small and the ring is deep; above, the products are.
-    Every program has about the same columns, and all of them run at once if they can."""
-    rows, columns = (ROWS, 128) if n <= ROWS else (2 * ROWS, 256)
+def choose(n: int, vocab: int, drawn: bool, cores: int) -> Tiles:
+    """Up to 64 rows the head's bytes are the limit, and a narrow tile's statistics are done before the ring is full.
+    Above, the products are, and a wide tile fetches less for each; but noise costs as much, in code that grows with it.
+    All programs run at once, if they can, and have about as many columns each.
+    """
+    rows = ROWS if n <= ROWS else 2 * ROWS
+    columns = 128 if n <= ROWS or drawn else 256
     tiles = pl.cdiv(vocab, columns)
     each = pl.cdiv(tiles, max(1, cores // pl.cdiv(n, rows)))
-    return Tiles(rows=rows, columns=columns, splits=pl.cdiv(tiles, each), stages=SHARED // stage(rows, columns))
+    one = Tiles(rows=rows, columns=columns, splits=pl.cdiv(tiles, each), stages=1)
+    return dataclasses.replace(one, stages=RING // one.stage)
 
 
 # ---- kernel --------------------------------------------------------------------------------------------------------
@@ -70,6 +77,7 @@ def statistics(measure, merge, rows: Rows, head, first, tiles: Tiles, interpret=
     """[n, splits * WIDTH] of rows [n, .] and head [d, V], whose first column is token `first`: a split's columns are
     counted in WIDTH parts, every WIDTH-th in one. measure tells the statistics of each column by itself."""
     (n, d), vocab = rows.hidden[0].shape, head.shape[1]
+    hidden = jnp.pad(rows.hidden[0], ((0, -n % ALIGNED), (0, 0)))
     row_tiles, column_tiles, steps = pl.cdiv(n, tiles.rows), pl.cdiv(vocab, tiles.columns), d // DEPTH
     per_split = pl.cdiv(column_tiles, tiles.splits)
     leaves, tree = jax.tree.flatten(jax.tree.map(lambda x: of_groups(x, row_tiles, tiles), rows.extra))
@@ -170,7 +178,7 @@ def statistics(measure, merge, rows: Rows, head, first, tiles: Tiles, interpret=
         kernel_name="vocab_statistics",
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         interpret=interpret,
-    )(rows.hidden[0], head, first[None], *leaves)
+    )(hidden, head, first[None], *leaves)
 
     def of_rows(x):
         return jnp.moveaxis(x.reshape(tiles.splits, -1, WIDTH)[:, :n], 0, 1).reshape(n, -1)
@@ -186,25 +194,18 @@ def of_groups(x, row_tiles: int, tiles: Tiles):
 
 def refusal(hidden, head) -> str | None:
     """Why the kernel cannot run on the current device with these arguments; None if it can."""
-    kind = sharding.device().device_kind
-    if not any(name in kind for name in HOPPER):
-        return f"the device is a {kind}, and wgmma exists on Hopper (H100, H200) alone"
+    if not HOPPER.search(kind := sharding.device().device_kind):
+        return f"it needs Hopper's wgmma, which the {kind} has not"
     if hidden.dtype != jnp.bfloat16 or head.dtype != jnp.bfloat16:
         return f"hidden is {hidden.dtype} and head {head.dtype}, not both bfloat16"
-    if head.shape[0] % DEPTH:
-        return f"hidden rows have {head.shape[0]} numbers, not a multiple of {DEPTH}"
-    if columns_of(head) % 8:
-        return f"a device has {columns_of(head)} columns of the head, whose rows TMA takes in multiples of 8"
+    d, vocab = head.shape[0], head.shape[1] // sharding.pieces(head, 1)
+    if d % DEPTH or vocab % DEPTH:
+        return f"a device's piece of the head is [{d}, {vocab}], not multiples of {DEPTH}"
     return None
 
 
-def columns_of(head) -> int:
-    """That a device has."""
-    return head.shape[1] // sharding.pieces(head, 1)
-
-
-def cores() -> int:
-    """Streaming multiprocessors of the current device."""
+def multiprocessors() -> int:
+    """Of the current device."""
     device = sharding.device()
     return device.core_count if isinstance(device, jax.Device) else device.num_cores
 
@@ -228,7 +229,7 @@ class Engine:
 
             def of_columns(so_far, start, size):
                 (head,), first = axes.columns(heads, start, size)
-                tiles = self.tiles or choose(n, size, cores())
+                tiles = self.tiles or choose(n, size, rows.extra is not None, multiprocessors())
                 new = statistics(measure, merge, rows, head, first, tiles, self.interpret)
                 return merge(so_far, together(new))
 
