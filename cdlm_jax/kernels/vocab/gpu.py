@@ -26,7 +26,6 @@ DEPTH = 64  # of d that a stage holds: 128 bytes, the widest swizzle
 ALIGNED = 8  # rows that TMA lays out together, with DEPTH columns
 WIDTH = 8  # columns whose statistics are kept apart: those that lie in the same registers
 RING = 216 * 2**10  # bytes, of 227 KiB of shared memory
-SCRATCH = 7  # arguments of the kernel's body that are scratch memory
 HOPPER = re.compile(r"\bG?H(20|100|200|800)\b")  # in a device_kind, all that is known of a mesh's devices
 
 # ---- tiles ---------------------------------------------------------------------------------------------------------
@@ -85,9 +84,7 @@ def statistics(measure, merge, rows: Rows, head, first, tiles: Tiles, interpret=
     z, ids, *numbers = (jax.ShapeDtypeStruct(block, x) for x in (jnp.float32, jnp.int32, *(x.dtype for x in leaves)))
     shapes = jax.eval_shape(measure, (z,), ids, jax.tree.unflatten(tree, numbers))
 
-    def body(hidden, head, first, *refs):
-        extra, found, scratch = refs[: len(leaves)], refs[len(leaves) : -SCRATCH], refs[-SCRATCH:]
-        hidden_ring, head_ring, full, free, numbers, arrived, results = scratch
+    def body(hidden, head, first, *refs, hidden_ring, head_ring, full, free, numbers, arrived, results):
         split, row_tile, group = (jax.lax.axis_index(name) for name in ("splits", "row_tiles", "group"))
         first_tile = split * per_split
         count = jnp.minimum(column_tiles - first_tile, per_split)
@@ -112,28 +109,18 @@ def statistics(measure, merge, rows: Rows, head, first, tiles: Tiles, interpret=
             before = jax.lax.rem(step - 1 + tiles.stages, tiles.stages)
             pl.when(wanted)(lambda: plgpu.barrier_arrive(free.at[before]))
 
-        def of_tile(tile, carry):
-            def logits(acc):
+        def logits(tile):
+            def multiplied(acc):
                 jax.lax.fori_loop(0, steps, lambda k, _: multiply(tile * steps + k, acc), None)
                 return acc[...]
 
-            so_far, extra, first = carry
-            z = pl.run_scoped(logits, plgpu.ACC((ROWS, tiles.columns), jnp.float32))
-            lane = jax.lax.broadcasted_iota(jnp.int32, (ROWS, WIDTH), 1)
-            for left in range(0, tiles.columns, WIDTH):
-                column = (first_tile + tile) * tiles.columns + left + lane
-                exists = column < vocab
-                # The number of a column that does not exist may be that of one elsewhere, so it gets no token's.
-                ids = jnp.where(exists, first + column, NO_TOKEN)
-                each = jnp.where(exists, z[:, left : left + WIDTH], LEAST)
-                so_far = merge(so_far, measure((each,), ids, extra))
-            return so_far, extra, first
+            return pl.run_scoped(multiplied, plgpu.ACC((ROWS, tiles.columns), jnp.float32))
 
         @pl.when(group == tiles.groups)
         def _():
             if tiles.groups > 1:
                 plgpu.set_max_registers(40, action="decrease")
-            for source, target in zip(extra, numbers, strict=True):
+            for source, target in zip(refs, numbers, strict=False):
                 plgpu.copy_gmem_to_smem(source.at[row_tile], target, arrived)
             jax.lax.fori_loop(0, count * steps, copy, None)
 
@@ -143,10 +130,22 @@ def statistics(measure, merge, rows: Rows, head, first, tiles: Tiles, interpret=
                 plgpu.set_max_registers(232, action="increase")
             if leaves:
                 plgpu.barrier_wait(arrived)
-            given = [jax.lax.broadcast_in_dim(ref[group], block, (0,)) for ref in numbers]
-            carry = nothing(shapes), jax.tree.unflatten(tree, given), first[0]
-            done, *_ = jax.lax.fori_loop(0, count, of_tile, carry)
-            for target, x in zip(found, jax.tree.leaves(done), strict=True):
+            extra = jax.tree.unflatten(tree, [jax.lax.broadcast_in_dim(ref[group], block, (0,)) for ref in numbers])
+            first_id, lane = first[0], jax.lax.broadcasted_iota(jnp.int32, block, 1)
+
+            def of_tile(tile, so_far):
+                z = logits(tile)
+                for left in range(0, tiles.columns, WIDTH):
+                    column = (first_tile + tile) * tiles.columns + left + lane
+                    exists = column < vocab
+                    # The number of a column that does not exist may be that of one elsewhere, so it gets no token's.
+                    ids = jnp.where(exists, first_id + column, NO_TOKEN)
+                    each = jnp.where(exists, z[:, left : left + WIDTH], LEAST)
+                    so_far = merge(so_far, measure((each,), ids, extra))
+                return so_far
+
+            found = jax.lax.fori_loop(0, count, of_tile, nothing(shapes))
+            for target, x in zip(refs[len(leaves) :], jax.tree.leaves(found), strict=True):
                 result = results[x.dtype.name].at[group]
                 result[...] = x
                 plgpu.commit_smem()
@@ -155,22 +154,22 @@ def statistics(measure, merge, rows: Rows, head, first, tiles: Tiles, interpret=
 
     def shared(dtype, *shape):
         swizzle = plgpu.find_swizzle(shape[-1] * jnp.dtype(dtype).itemsize * 8)
-        tiling = plgpu.TilingTransform((8, swizzle // jnp.dtype(dtype).itemsize))
+        tiling = plgpu.TilingTransform((ALIGNED, swizzle // jnp.dtype(dtype).itemsize))
         return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(swizzle)))
 
     lead = tiles.splits, row_tiles, tiles.groups, *block
     out = plgpu.kernel(
         body,
         out_type=[jax.ShapeDtypeStruct(lead, x.dtype) for x in jax.tree.leaves(shapes)],
-        scratch_types=[
-            shared(head.dtype, tiles.stages, tiles.rows, DEPTH),
-            shared(head.dtype, tiles.stages, DEPTH, tiles.columns),
-            plgpu.Barrier(num_arrivals=2, num_barriers=tiles.stages),
-            plgpu.Barrier(num_arrivals=tiles.groups, num_barriers=tiles.stages),
-            [plgpu.SMEM((tiles.groups, ROWS), x.dtype) for x in leaves],
-            plgpu.Barrier(num_arrivals=max(1, len(leaves))),
-            {name: shared(name, tiles.groups, *block) for name in ("float32", "int32")},
-        ],
+        scratch_types={
+            "hidden_ring": shared(head.dtype, tiles.stages, tiles.rows, DEPTH),
+            "head_ring": shared(head.dtype, tiles.stages, DEPTH, tiles.columns),
+            "full": plgpu.Barrier(num_arrivals=2, num_barriers=tiles.stages),
+            "free": plgpu.Barrier(num_arrivals=tiles.groups, num_barriers=tiles.stages),
+            "numbers": [plgpu.SMEM((tiles.groups, ROWS), x.dtype) for x in leaves],
+            "arrived": plgpu.Barrier(num_arrivals=max(1, len(leaves))),
+            "results": {name: shared(name, tiles.groups, *block) for name in ("float32", "int32")},
+        },
         grid=(tiles.splits, row_tiles),
         grid_names=("splits", "row_tiles"),
         num_threads=tiles.groups + 1,
