@@ -156,7 +156,7 @@ def test_the_cost_is_that_of_the_kernel(monkeypatch):
     copy, kernel = getattr(gpu_callbacks, name), gpu.plgpu.kernel
     monkeypatch.setattr(gpu_callbacks, name, lambda *args, **given: (copies.append(1), copy(*args, **given))[1])
     monkeypatch.setattr(gpu.plgpu, "kernel", lambda *args, **given: (made.append(given), kernel(*args, **given))[1])
-    n, d, vocab, chosen = 130, 64, 40, engine(128, 16, 2)
+    n, d, vocab, chosen = 66, 64, 40, engine(64, 16, 2)
     hidden, head = bfloat16_inputs(n, d, vocab, 0.3)
     got = run(chosen, hidden, head, (), 0.7, seeds_of(n))
     np.testing.assert_array_equal(got.token, reference.confidence(hidden, head, (), 0.7, seeds_of(n)).token)
