@@ -20,6 +20,7 @@ from cdlm_jax import sharding
 from cdlm_jax.config import ModelConfig
 from cdlm_jax.decoding import autoregressive, cdlm, dllm_cache, dream, fast_dllm, naive
 from cdlm_jax.decoding.unmask import Threshold
+from cdlm_jax.evaluation.likelihood import is_greedy, log_likelihood
 from cdlm_jax.models.transformer import Transformer
 from cdlm_jax.training import causal, denoising, distill
 from cdlm_jax.training.optimizer import OptimizerConfig, make_optimizer
@@ -52,6 +53,7 @@ def batch_of(config: ModelConfig) -> dict[str, np.ndarray]:
         "order": np.concatenate(blocks, axis=1).astype(np.int32),
         "hidden": rng.normal(size=(ROWS, LENGTH, config.hidden_size)).astype(np.float32),
         "answer": ids((ROWS, LENGTH)),
+        "answer_length": rng.integers(1, LENGTH + 1, ROWS, dtype=np.int32),
     }
 
 
@@ -77,6 +79,15 @@ def collected(model, batch):
     keys = jax.random.split(jax.random.key(5), ROWS)
     sizes = {"gen_length": LENGTH, "block_size": BLOCK, "temperature": 0.5}
     return trajectories(model, batch["prompt"], batch["prompt_length"], keys=keys, **sizes)
+
+
+def scored(model, batch):
+    """In words of lm_eval: loglikelihood and is_greedy."""
+    answers = batch["prompt"], batch["prompt_length"], batch["answer"], batch["answer_length"]
+    options = {"cfg_scale": 0.5, "block_size": BLOCK}
+    return log_likelihood(model, *answers, jax.random.key(6), samples=3, **options), is_greedy(
+        model, *answers, **options
+    )
 
 
 def distilled(model, batch, **options):
@@ -159,6 +170,7 @@ CASES = {
     "autoregressive": (CAUSAL, partial(decoded, autoregressive, key=False)),
     "autoregressive, sampled": (CAUSAL, partial(decoded, autoregressive, temperature=0.7)),
     "collected": (CONFIG, collected),
+    "scored": (SHIFTED, scored),
     "distilled, LoRA": (CONFIG, partial(distilled, lora_rank=2, accumulate=2)),
     "distilled, online": (SHIFTED, partial(distilled, lora_rank=0, teacher="online", remat=True)),
     "distilled, packed": (

@@ -35,6 +35,7 @@ CORE = (
     "dllm_cache",
     "autoregressive, sampled",
     "collected",
+    "scored",
 )
 FEW = ("forward", "autoregressive, sampled")
 PLANS = (  # two processes, since there may be two cores

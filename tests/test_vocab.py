@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cdlm_jax.config import InputError
-from cdlm_jax.kernels.vocab import confidence, linear_kl, linear_nll, reference, xla
-from cdlm_jax.kernels.vocab.noise import Seeds, gumbel, threefry
+from cdlm_jax.kernels.vocab import confidence, linear_kl, linear_nll, nll, reference, xla
+from cdlm_jax.kernels.vocab.noise import Seeds, exponential, gumbel, threefry
 
 
 def log_softmax(z):
@@ -331,6 +331,22 @@ def test_wrong_rows_are_refused():
         linear_nll(student, head, targets[1:], weights)
 
 
+def test_nll_of_each_row():
+    _, student, _, head, targets, weights = inputs()
+    found = nll(student.reshape(3, 4, -1), head, targets.reshape(3, 4), tile=7)
+    z = log_softmax(np.float64(student) @ np.float64(head))
+    np.testing.assert_allclose(found.ravel(), -z[np.arange(12), targets], rtol=1e-5)
+    np.testing.assert_allclose(jnp.sum(found.ravel() * weights), linear_nll(student, head, targets, weights), rtol=1e-5)
+    with pytest.raises(InputError, match=r"hidden has rows \(12,\), targets have \(11,\): they must be equal"):
+        nll(student, head, targets[1:])
+
+
+def test_there_is_no_gpu_kernel_for_the_losses():
+    _, student, _, head, targets, weights = inputs()
+    with pytest.raises(InputError, match="'gpu' cannot run here: there is a GPU kernel for confidence alone"):
+        linear_nll(student, head, targets, weights, implementation="gpu")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -340,7 +356,8 @@ def test_wrong_rows_are_refused():
         ({"temperature": 0.5, "key": jnp.zeros(2, jnp.uint32)}, r"whose shape begins \(12,\); got uint32 \(2,\)"),
         ({"temperature": 0.5, "key": jax.random.split(jax.random.key(0), 5)}, r"begins \(12,\); got key<fry> \(5,\)"),
         ({"forbidden": tuple(range(50))}, "forbidden holds 50 tokens, of a vocabulary of 50"),
-        ({"implementation": "gpu"}, "unknown implementation 'gpu' of the vocabulary, allowed: 'tpu', 'xla'"),
+        ({"implementation": "cpu"}, "unknown implementation 'cpu' of the vocabulary, allowed: 'tpu', 'gpu', 'xla'"),
+        ({"implementation": "gpu"}, "implementation 'gpu' cannot run here: the device is a cpu; allowed: 'xla'"),
         ({"implementation": "tpu"}, "implementation 'tpu' cannot run here: the device is a cpu; allowed: 'xla'"),
     ],
 )
@@ -364,6 +381,11 @@ def test_what_confidence_refuses(options, message):
 def test_threefry_gives_the_published_answers(key, count, expected):
     words = [tuple(map(jnp.uint32, pair)) for pair in (key, count)]
     assert tuple(map(int, threefry(*words))) == expected
+
+
+def test_exponential_is_exact():
+    u = np.concatenate([np.logspace(-18, -1, 2000), 1 - np.logspace(-7, -1, 500)]).astype(np.float32)
+    np.testing.assert_allclose(jax.jit(exponential)(u), -np.log1p(-u.astype(np.float64)), rtol=1e-6)
 
 
 def test_noise_is_gumbel_and_independent():

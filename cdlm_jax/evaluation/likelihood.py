@@ -21,8 +21,9 @@ import numpy as np
 
 from cdlm_jax.config import InputError, ModelConfig
 from cdlm_jax.decoding.common import append_response, check_request, predicting_rows
-from cdlm_jax.kernels.vocab import confidence, linear_nll
+from cdlm_jax.kernels.vocab import confidence, nll
 from cdlm_jax.models.transformer import Transformer
+from cdlm_jax.sharding import by_rows
 from cdlm_jax.visibility import row_end, visible_end
 
 
@@ -60,16 +61,17 @@ def _log_likelihood(
     model, prompts, prompt_lengths, answers, answer_lengths, key, samples, cfg_scale, block_size
 ) -> jax.Array:
     rows, length = answers.shape
-    keys = key if key.ndim else jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows))
+    prompts, prompt_lengths, answers, answer_lengths = by_rows((prompts, prompt_lengths, answers, answer_lengths))
+    keys = by_rows(key if key.ndim else jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows)))
     draws = draw_masks(keys, answer_lengths, samples, length)
 
     def add(total, draw):
-        nll = masked_nll(
+        found = masked_nll(
             model, prompts, prompt_lengths, answers, answer_lengths, *draw, cfg_scale=cfg_scale, block_size=block_size
         )
-        return total + nll, None
+        return total + found, None
 
-    total, _ = jax.lax.scan(add, jnp.zeros(rows, jnp.float32), draws)
+    total, _ = jax.lax.scan(add, by_rows(jnp.zeros(rows, jnp.float32)), draws)
     return -total / samples
 
 
@@ -119,7 +121,7 @@ def masked_nll(
     hidden = _answer_hidden(
         model, prompts, prompt_lengths, answers, answer_lengths, masked, cfg_scale=cfg_scale, block_size=block_size
     )
-    return jax.vmap(linear_nll, (0, None, 0, 0))(hidden, model.head, answers, masked / p_mask[:, None])
+    return jnp.sum(jnp.where(masked, nll(hidden, model.head, answers), 0), axis=1) / p_mask
 
 
 def is_greedy(
@@ -144,6 +146,7 @@ def is_greedy(
 
 @partial(jax.jit, static_argnames=("cfg_scale", "block_size"))
 def _is_greedy(model, prompts, prompt_lengths, answers, answer_lengths, cfg_scale, block_size) -> jax.Array:
+    prompts, prompt_lengths, answers, answer_lengths = by_rows((prompts, prompt_lengths, answers, answer_lengths))
     places = jnp.arange(answers.shape[1])
     blocks = places // (block_size or answers.shape[1])
 
@@ -165,7 +168,7 @@ def _is_greedy(model, prompts, prompt_lengths, answers, answer_lengths, cfg_scal
         return masked & ~chosen, right & ~wrong
 
     masked = places < answer_lengths[:, None]
-    _, right = jax.lax.while_loop(undecided, step, (masked, jnp.ones(answers.shape[0], bool)))
+    _, right = jax.lax.while_loop(undecided, step, by_rows((masked, jnp.ones(answers.shape[0], bool))))
     return right
 
 

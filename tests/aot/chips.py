@@ -1,13 +1,16 @@
-"""Chips that are not there: compiling for a TPU needs its compiler (libtpu), not a TPU."""
+"""Chips that are not there: compiling needs a TPU's compiler (libtpu) or a GPU's (JAX's CUDA plugin), not the chip."""
 
 import importlib.util
 import os
+import re
 
 import jax
 import pytest
 from jax.experimental import topologies
 
 from cdlm_jax import sharding
+from cdlm_jax.config import InputError
+from cdlm_jax.planning import topology
 from cdlm_jax.sharding import MeshConfig
 
 # Name -> (the smallest slice of whole hosts, what libtpu has to be told beside it)
@@ -40,6 +43,21 @@ def mesh(chip: str, config: MeshConfig | None = None) -> jax.sharding.Mesh:
     """A mesh of one such device, or of as many as `config` says, for `jax.set_mesh`."""
     found = devices(chip)
     return sharding.make_mesh(config or MeshConfig(fsdp=1), found if config else found[:1])
+
+
+def gpu_mesh(board: str, config: MeshConfig | None = None) -> jax.sharding.Mesh:
+    """A mesh of one GPU, or of as many as `config` says. Skips the test where the CUDA plugin is not installed."""
+    count = config.fsdp * config.tensor if config else 1
+    try:
+        found = topology.load(f"{board}:{count}").devices
+    except InputError as error:
+        pytest.skip(str(error))
+    return sharding.make_mesh(config or MeshConfig(fsdp=1), found)
+
+
+def gpu_kernels(text: str) -> int:
+    """How often a compiled program calls a kernel of Mosaic GPU."""
+    return len(re.findall(r'custom_call_target="mosaic_gpu\w*"', text))
 
 
 def compiled(function, *arguments, **keywords):

@@ -5,17 +5,19 @@ accumulate, and all statistics are kept, in float32. None of them holds an array
 """
 
 import math
+from functools import partial
 from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 
+from cdlm_jax import sharding
 from cdlm_jax.config import InputError
-from cdlm_jax.kernels.vocab import ops, tpu, xla
+from cdlm_jax.kernels.vocab import gpu, ops, tpu, xla
 from cdlm_jax.kernels.vocab.noise import Seeds
 from cdlm_jax.kernels.vocab.reference import Confidence
 
-Implementation = Literal["tpu", "xla"]
+Implementation = Literal["tpu", "gpu", "xla"]
 
 TILE = 4096  # head columns at a time; memory is a few float32 arrays of [at most 2048 rows, TILE]
 
@@ -56,7 +58,7 @@ def confidence(
     if len(set(forbidden)) >= head.shape[1]:
         raise InputError(f"forbidden holds {len(set(forbidden))} tokens, of a vocabulary of {head.shape[1]}")
     seeds = _seeds(key, hidden) if temperature > 0 else None
-    engine = _engine(implementation, hidden, head, tile)
+    engine = _engine(implementation, hidden, head, tile, kernels=("tpu", "gpu"))
     return ops.confidence(engine, hidden, head, tuple(forbidden), temperature, seeds)
 
 
@@ -124,24 +126,45 @@ def linear_nll(
     return ops.linear_nll(engine, hidden, head, targets, jax.lax.stop_gradient(weights))
 
 
-def _engine(implementation: Implementation | None, hidden, head, tile: int):
-    reason = _refusal(hidden, head)
+def _engine(implementation: Implementation | None, hidden, head, tile: int, kernels=("tpu",)):
+    """kernels: those of the function at hand."""
     if implementation is None:
-        implementation = "xla" if reason else "tpu"
+        platform = sharding.device().platform
+        runs = platform in kernels and _refusal(platform, hidden, head, kernels) is None
+        implementation = platform if runs else "xla"
     elif implementation not in get_args(Implementation):
-        raise InputError(f"unknown implementation {implementation!r} of the vocabulary, allowed: 'tpu', 'xla'")
-    elif implementation == "tpu" and reason:
-        raise InputError(f"the vocabulary's implementation 'tpu' cannot run here: {reason}; allowed: 'xla'")
-    return tpu.Engine() if implementation == "tpu" else xla.Engine(tile)
+        allowed = ", ".join(map(repr, get_args(Implementation)))
+        raise InputError(f"unknown implementation {implementation!r} of the vocabulary, allowed: {allowed}")
+    elif implementation != "xla" and (reason := _refusal(implementation, hidden, head, kernels)):
+        name = f"the vocabulary's implementation {implementation!r}"
+        raise InputError(f"{name} cannot run here: {reason}; allowed: 'xla'")
+    return {"tpu": tpu.Engine, "gpu": gpu.Engine, "xla": partial(xla.Engine, tile)}[implementation]()
 
 
-def _refusal(hidden, head) -> str | None:
-    """Why the TPU kernels cannot run here; None if they can."""
-    # The program is for the current mesh's devices, which may be of another machine, else for this one's.
-    device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
-    if device.platform != "tpu":
+def _refusal(kernel: str, hidden, head, kernels) -> str | None:
+    """Why this kernel cannot run here; None if it can."""
+    if kernel not in kernels:
+        return "there is a GPU kernel for confidence alone"
+    if (device := sharding.device()).platform != kernel:
         return f"the device is a {device.platform}"
-    return tpu.refusal(hidden, head)
+    return {"tpu": tpu, "gpu": gpu}[kernel].refusal(hidden, head)
+
+
+def nll(
+    hidden: jax.Array,
+    head: jax.Array,
+    targets: jax.Array,
+    *,
+    implementation: Implementation | None = None,
+    tile: int = TILE,
+) -> jax.Array:
+    """-log softmax(hidden @ head)[targets] of each row by itself, float32 [...], in nats. Not differentiable.
+
+    hidden: [..., d]; head: [d, V]; targets: int32 [...], in [0, V). InputError if their leading dimensions differ.
+    """
+    if hidden.shape[:-1] != targets.shape:
+        raise InputError(f"hidden has rows {hidden.shape[:-1]}, targets have {targets.shape}: they must be equal")
+    return ops.nll(_engine(implementation, hidden, head, tile), hidden, head, targets)
 
 
 def _check_rows(weights, **leading):

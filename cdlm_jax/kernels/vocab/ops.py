@@ -1,4 +1,4 @@
-"""The three functions, as walks over the vocabulary that an engine (of `xla` or `tpu`) makes."""
+"""The public functions, as walks over the vocabulary that an engine (of `xla`, `tpu` or `gpu`) makes."""
 
 from functools import partial, reduce
 
@@ -14,7 +14,6 @@ from cdlm_jax.kernels.vocab.statistics import (
     merge_divergences,
     merge_likelihoods,
     merge_peaks,
-    peak,
     read_divergence,
     read_likelihood,
     read_peak,
@@ -29,7 +28,7 @@ def per_row(tree):
 def confidence(engine, hidden, head, forbidden, temperature, seeds: Seeds | None) -> Confidence:
     def measure(z, ids, seeds):
         barred = reduce(jnp.logical_or, (ids == token for token in forbidden)) if forbidden else None
-        return peak(*z, ids, barred, temperature, seeds)
+        return engine.peak(*z, ids, barred, temperature, seeds)
 
     rows = Rows((hidden,), extra=per_row(seeds))
     found = read_peak(engine.statistics(measure, merge_peaks, rows, (head,)))
@@ -76,12 +75,19 @@ def linear_nll(engine, hidden, head, targets, weights):
     return _nll_forward(engine, hidden, head, targets, weights)[0]
 
 
-def _nll_forward(engine, hidden, head, targets, weights):
-    def measure(z, ids, targets):
-        return likelihood(*z, ids, targets)
+def nll(engine, hidden, head, targets):
+    """[...] of each row by itself; not differentiable."""
+    found = read_likelihood(_likelihoods(engine, Rows((hidden,), extra=per_row(targets)), head))
+    return found[..., 0]
 
+
+def _likelihoods(engine, rows: Rows, head):
+    return engine.statistics(lambda z, ids, targets: likelihood(*z, ids, targets), merge_likelihoods, rows, (head,))
+
+
+def _nll_forward(engine, hidden, head, targets, weights):
     rows = Rows((hidden,), per_row(weights), per_row(targets))
-    found = engine.statistics(measure, merge_likelihoods, rows, (head,))
+    found = _likelihoods(engine, rows, head)
     return jnp.sum(rows.weights * read_likelihood(found)), (rows, head, found.sum.value())
 
 

@@ -107,6 +107,26 @@ def peak(z, ids, barred, temperature, seeds: Seeds | None):
     return Peak(sum, token, first, second, moment, draw)
 
 
+def peaks(z, ids, barred, temperature, seeds: Seeds | None):
+    """The peak of each column by itself, [..., size]."""
+    allowed = z if barred is None else jnp.where(barred, -jnp.inf, z)
+    draw = Draw(ids, allowed / temperature + gumbel(seeds, ids), z) if temperature > 0 else None
+    return Peak(LogSum(z, jnp.ones_like(z)), ids, allowed, jnp.full_like(z, -jnp.inf), jnp.zeros_like(z), draw)
+
+
+def together(peak: Peak):
+    """The peak of all parts, in any order, that [..., parts] arrays tell of."""
+    (top, mass), tokens, first, second, moment, draw = peak
+    sum = LogSum(largest(top), total(jnp.exp(top - largest(top)) * mass))
+    moment = total(jnp.exp(top - sum.top) * (moment + (top - sum.top) * mass))
+    token, best = argmax(first, tokens)
+    second = largest(jnp.where(tokens == token, second, first))
+    if draw is not None:
+        drawn, score = argmax(draw.score, draw.token)
+        draw = Draw(drawn, score, largest(jnp.where(draw.token == drawn, draw.logit, -jnp.inf)))
+    return Peak(sum, token, best, second, moment, draw)
+
+
 def merge_peaks(a: Peak, b: Peak):
     """All ids of a are below those of b, so a wins ties."""
     sum, scale_a, scale_b = merge_log_sums(a.sum, b.sum)

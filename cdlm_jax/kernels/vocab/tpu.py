@@ -27,7 +27,7 @@ from jax.sharding import PartitionSpec as P
 
 from cdlm_jax import sharding
 from cdlm_jax.config import InputError
-from cdlm_jax.kernels.vocab.statistics import LEAST, Rows, nothing
+from cdlm_jax.kernels.vocab.statistics import LEAST, Rows, nothing, peak
 from cdlm_jax.kernels.vocab.xla import LANES, sweep
 
 GATHERED = 16384  # columns of a head whose `fsdp` pieces are put together at a time
@@ -420,6 +420,8 @@ class Engine:
 
     interpret: bool = False
     tiles: Tiles | None = None  # None: chosen for the chip
+
+    peak = staticmethod(peak)
 
     def statistics(self, measure, merge, rows: Rows, heads):
         """As `xla.Engine.statistics`."""

@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from cdlm_jax.kernels.vocab.reference import logits
-from cdlm_jax.kernels.vocab.statistics import Rows, nothing
+from cdlm_jax.kernels.vocab.statistics import Rows, nothing, peak
 from cdlm_jax.sharding import gathered, pieces, whole
 
 LANES = 128  # columns that a TPU keeps together
@@ -122,6 +122,8 @@ class Engine:
     """tile: columns of the head at a time."""
 
     tile: int
+
+    peak = staticmethod(peak)
 
     def statistics(self, measure, merge, rows: Rows, heads):
         """[..., 1] of every row: measure(logits of every head, ids, extra) of all tiles, merged left to right, and then
