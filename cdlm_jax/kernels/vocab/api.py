@@ -126,6 +126,23 @@ def linear_nll(
     return ops.linear_nll(engine, hidden, head, targets, jax.lax.stop_gradient(weights))
 
 
+def nll(
+    hidden: jax.Array,
+    head: jax.Array,
+    targets: jax.Array,
+    *,
+    implementation: Implementation | None = None,
+    tile: int = TILE,
+) -> jax.Array:
+    """-log softmax(hidden @ head)[targets] of each row by itself, float32 [...], in nats. Not differentiable.
+
+    hidden: [..., d]; head: [d, V]; targets: int32 [...], in [0, V). InputError if their leading dimensions differ.
+    """
+    if hidden.shape[:-1] != targets.shape:
+        raise InputError(f"hidden has rows {hidden.shape[:-1]}, targets have {targets.shape}: they must be equal")
+    return ops.nll(_engine(implementation, hidden, head, tile), hidden, head, targets)
+
+
 def _engine(implementation: Implementation | None, hidden, head, tile: int, kernels=("tpu",)):
     """kernels: those of the function at hand."""
     if implementation is None:
@@ -148,23 +165,6 @@ def _refusal(kernel: str, hidden, head, kernels) -> str | None:
     if (device := sharding.device()).platform != kernel:
         return f"the device is a {device.platform}"
     return {"tpu": tpu, "gpu": gpu}[kernel].refusal(hidden, head)
-
-
-def nll(
-    hidden: jax.Array,
-    head: jax.Array,
-    targets: jax.Array,
-    *,
-    implementation: Implementation | None = None,
-    tile: int = TILE,
-) -> jax.Array:
-    """-log softmax(hidden @ head)[targets] of each row by itself, float32 [...], in nats. Not differentiable.
-
-    hidden: [..., d]; head: [d, V]; targets: int32 [...], in [0, V). InputError if their leading dimensions differ.
-    """
-    if hidden.shape[:-1] != targets.shape:
-        raise InputError(f"hidden has rows {hidden.shape[:-1]}, targets have {targets.shape}: they must be equal")
-    return ops.nll(_engine(implementation, hidden, head, tile), hidden, head, targets)
 
 
 def _check_rows(weights, **leading):
