@@ -4,6 +4,7 @@ Every figure is of one JAX device, which is a chip but on TPU7x, whose two cores
 """
 
 import dataclasses
+import re
 
 GIB = 2**30
 
@@ -139,3 +140,8 @@ CHIPS = (
 def find(device_kind: str) -> Chip | None:
     """The chip of a `jax.Device.device_kind`; None if it is not in the table."""
     return next((chip for chip in CHIPS if device_kind in chip.kinds), None)
+
+
+def is_hopper(device_kind: str) -> bool:
+    """Whether it is an NVIDIA Hopper, which alone has wgmma. The name is all that is known of a mesh's devices."""
+    return re.search(r"\bG?H(20|100|200|800)\b", device_kind) is not None

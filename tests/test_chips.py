@@ -2,7 +2,7 @@
 
 import pytest
 
-from cdlm_jax.chips import CHIPS, GIB, find
+from cdlm_jax.chips import CHIPS, GIB, find, is_hopper
 
 
 def test_a_device_kind_means_one_chip():
@@ -35,3 +35,18 @@ def test_a_device_of_tpu7x_is_half_a_chip():
 
 def test_the_published_ridge_of_an_a100():
     assert find("NVIDIA A100-SXM4-80GB").ridge == pytest.approx(153, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "hopper"),
+    [
+        ("NVIDIA H100 80GB HBM3", True),
+        ("NVIDIA H200", True),
+        ("NVIDIA GH200 480GB", True),
+        ("NVIDIA A100-SXM4-80GB", False),
+        ("NVIDIA B200", False),
+        ("TPU v5 lite", False),
+    ],
+)
+def test_hopper_by_name(kind, hopper):
+    assert is_hopper(kind) == hopper

@@ -5,7 +5,6 @@ D head_dim, P programs along the queries. `docs/kernels.md` draws how the kernel
 """
 
 import math
-import re
 from functools import partial
 
 import jax
@@ -14,6 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu.core import LoweringSemantics
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from cdlm_jax.chips import is_hopper
 from cdlm_jax.kernels.block_attention.gpu_tiles import ALIGNED, MOST_ROWS, WGMMA, GpuTiles
 
 HIDDEN = -0.7 * float(jnp.finfo(jnp.float32).max)  # a score that loses against any other; finite, so that x - x is 0
@@ -21,12 +21,11 @@ LOG2_E = math.log2(math.e)
 GRID = ("rows", "heads", "pieces")  # rows * heads would be more than CUDA's 65535; the last one varies first
 SWIZZLED = (plgpu.TilingTransform((ALIGNED, 64)), plgpu.SwizzleTransform(128))  # as wgmma reads 16-bit matrices
 SWIZZLED_32 = (plgpu.TilingTransform((ALIGNED, 32)), plgpu.SwizzleTransform(128))
-HOPPER = re.compile(r"\bG?H(20|100|200|800)\b")  # in a device_kind, all that is known of a mesh's devices
 
 
 def refusal(q: jax.Array, k: jax.Array, page_size: int | None, device_kind: str) -> str | None:
     """Why the kernel cannot take these arguments of `api.block_attention` on this device; None if it can."""
-    if not HOPPER.search(device_kind):
+    if not is_hopper(device_kind):
         return f"it needs Hopper's wgmma, which the {device_kind} has not"
     if q.dtype != jnp.bfloat16:
         return f"q is {q.dtype}, not bfloat16"

@@ -3,12 +3,11 @@ wgmma, read in registers and forgotten.
 
 One kernel, for `confidence`, on a grid of (splits of the vocabulary, tiles of rows). One of a program's warpgroups
 copies (TMA, into a ring of stages); each of the others has ROWS rows of the tile and goes through the split's columns,
-tile by tile, with the statistics of its rows in registers. `docs/kernels_vocab.md` draws how it walks memory. On a mesh
+tile by tile, with the statistics of its rows in registers. `docs/kernels.md` draws how it walks memory. On a mesh
 every device runs it on its own rows and columns, as the TPU kernels.
 """
 
 import dataclasses
-import re
 from typing import Any
 
 import jax
@@ -17,6 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from cdlm_jax import sharding
+from cdlm_jax.chips import is_hopper
 from cdlm_jax.kernels.vocab.statistics import LEAST, Rows, nothing, peaks, together
 from cdlm_jax.kernels.vocab.tpu import NO_TOKEN, flat, per_device, statistics_shapes
 from cdlm_jax.kernels.vocab.xla import sweep
@@ -26,7 +26,7 @@ DEPTH = 64  # of d that a stage holds: 128 bytes, the widest swizzle
 ALIGNED = 8  # rows that TMA lays out together, with DEPTH columns
 WIDTH = 8  # columns whose statistics are kept apart: those that lie in the same registers
 RING = 216 * 2**10  # bytes, of 227 KiB of shared memory
-HOPPER = re.compile(r"\bG?H(20|100|200|800)\b")  # in a device_kind, all that is known of a mesh's devices
+
 
 # ---- tiles ---------------------------------------------------------------------------------------------------------
 
@@ -193,7 +193,7 @@ def of_groups(x, row_tiles: int, tiles: Tiles):
 
 def refusal(hidden, head) -> str | None:
     """Why the kernel cannot run on the current device with these arguments; None if it can."""
-    if not HOPPER.search(kind := sharding.device().device_kind):
+    if not is_hopper(kind := sharding.device().device_kind):
         return f"it needs Hopper's wgmma, which the {kind} has not"
     if hidden.dtype != jnp.bfloat16 or head.dtype != jnp.bfloat16:
         return f"hidden is {hidden.dtype} and head {head.dtype}, not both bfloat16"
