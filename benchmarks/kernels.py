@@ -1,164 +1,165 @@
-"""What the kernels cost: on a TPU measured, elsewhere as the cost model has it.
+"""The benchmark of all kernels: on a chip measured, elsewhere what the cost model and the compilers say.
 
-    python benchmarks/kernels.py            the report, and on a TPU values and times
-    python benchmarks/kernels.py --tune     on a TPU: also tries tiles, and writes the best into tuning.json
+    python benchmarks/kernels.py                  on a TPU or GPU: values, then times; else the compile-time report
+    python benchmarks/kernels.py --tune           there: also search tiles, and write the best into tuning.json
+    python benchmarks/kernels.py --profile=DIR    also one call of each kernel as an XProf trace, by name
+    python benchmarks/kernels.py --chips=v5e,v6e  compile for these only
 
-On a TPU the values are checked first. A time is of the kernel alone: many calls chained inside one program, less what
-the same loop takes without the call. It is compared with XLA's attention and JAX's paged attention kernel, which takes
-one query for each row and key head group: a block of Q queries is Q * G heads to it.
+Values are checked first, against plain JAX. A time is of the device alone: many calls chained inside one program, less
+what the same loop takes without them. Block attention is compared with XLA and JAX's paged, ragged paged and splash
+attention (on a GPU with cuDNN), the vocabulary with the plain XLA path and with all logits in memory.
+
+A kernel of another kind of device: its platform in `KERNELS` of attention_cases.py and vocab_cases.py (what it is
+compared with is in `LIBRARIES`), a machine in `MACHINES` here.
 """
 
 import argparse
-import functools
-import json
-import time
+import re
+from pathlib import Path
 
+import attention_cases
 import jax
-import jax.numpy as jnp
-import numpy as np
-from jax.experimental.pallas.ops.tpu.paged_attention import paged_attention
+import vocab_cases
+from cases import Case, check, search, seconds
 
-from cdlm_jax.chips import CHIPS
-from cdlm_jax.kernels.block_attention import tpu, xla
-from cdlm_jax.kernels.block_attention.cost import cost
-from cdlm_jax.kernels.block_attention.tiles import TUNED, Tiles, choose, heuristic, shape_name
+from cdlm_jax import chips, sharding
+from cdlm_jax.config import InputError
+from cdlm_jax.planning import topology
+from cdlm_jax.sharding import MeshConfig
 
-ROWS, BLOCK, PAGE = 32, 32, 128
-MODELS = {"Dream-7B": (28, 4), "LLaDA-8B": (32, 32)}  # heads, key heads of 128
-CONTEXTS = (1024, 4096, 32768)
-CALLS = 50  # in a timed program
-
-
-def shapes(model: str, context: int, rows: int = ROWS) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
-    heads, kv_heads = MODELS[model]
-    slots = context + BLOCK
-    q = jax.ShapeDtypeStruct((rows, BLOCK, heads, 128), jnp.bfloat16)
-    return q, jax.ShapeDtypeStruct((1, rows, slots, kv_heads, 128), jnp.bfloat16)
+MODULES = (attention_cases, vocab_cases)
+MACHINES = {
+    "tpu": {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"},
+    "gpu": {"h100": "h100:1"},
+}
+GPUS = ("H100", "H200")  # of `chips.CHIPS`, those with a kernel
+MIB = 2**20
 
 
-def ends_of(context: int, rows: int = ROWS) -> np.ndarray:
-    """What the queries of a block see: a context that differs a little from row to row, and the block itself."""
-    ends = context - np.arange(rows) % BLOCK + BLOCK
-    return np.repeat(ends[:, None], BLOCK, axis=1).astype(np.int32)
+def cases(platform: str) -> list[Case]:
+    return [case for module in MODULES for case in module.cases(platform)]
 
 
-def report() -> None:
-    print(f"Block attention, {ROWS} rows, {BLOCK} queries each, bfloat16: cost model")
-    names = "  ".join(f"{chip.name:>9}" for chip in TPUS)
-    print(f"{'model':10} {'context':>8} {'moved / least':>14} {'FLOPs/byte':>11} {'VMEM MiB':>9}  {names}  (bound, us)")
-    for model in MODELS:
-        for context in CONTEXTS:
-            q, k = shapes(model, context)
-            found = cost(q, k, ends_of(context), heuristic(q, k, False))
-            bounds = "  ".join(f"{1e6 * found.seconds(chip):9.0f}" for chip in TPUS)
-            figures = f"{found.ratio:14.3f} {found.intensity:11.1f} {found.buffers / 2**20:9.1f}"
-            print(f"{model:10} {context:8} {figures}  {bounds}")
+def table(head: list[str], lines: list[list[str]]) -> str:
+    """Columns as wide as they have to be, those of numbers to the right."""
+    columns = list(zip(head, *lines, strict=True))
+    widths = [max(map(len, column)) for column in columns]
+    aligned = [str.rjust if column[1][:1].isdecimal() else str.ljust for column in columns]
+
+    def joined(cells):
+        padded = (align(cell, width) for align, cell, width in zip(aligned, cells, widths, strict=True))
+        return "  ".join(padded).rstrip()
+
+    return "\n".join(map(joined, [head, *lines]))
 
 
-TPUS = [chip for chip in CHIPS if chip.torus]
+# ---- no chip -------------------------------------------------------------------------------------------------------
 
 
-def seconds(call, q: jax.Array, *arguments: jax.Array) -> float:
-    """One call's time on the device: a chain of calls in one program, less the loop around them."""
-
-    @functools.partial(jax.jit, static_argnames="step")
-    def chain(q, arguments, step):
-        return jax.lax.fori_loop(0, CALLS, lambda _, q: step(q, *arguments), q)
-
-    def best(step):
-        chain(q, arguments, step).block_until_ready()
-        times = []
-        for _ in range(5):
-            start = time.perf_counter()
-            chain(q, arguments, step).block_until_ready()
-            times.append(time.perf_counter() - start)
-        return min(times) / CALLS
-
-    return best(call) - best(lambda q, *_: q * 1)
+def cost_models() -> None:
+    tpus = [chip for chip in chips.CHIPS if chip.torus]
+    gpus = [chip for chip in chips.CHIPS if chip.name in GPUS]
+    for module in MODULES:
+        for kind in (tpus, gpus):
+            print(f"\n{table(*module.cost_model(kind))}")
 
 
-def kernel(tiles: Tiles):
-    zero = jnp.zeros((), jnp.int32)
-    return lambda q, k, v, ends: tpu.block_attention(
-        q, k, v, visible_end=ends, layer=zero, scale=128**-0.5, tiles=tiles
-    )
+def compile_all(names: list[str]) -> None:
+    """Each kernel for one device of each machine: what its program takes."""
+    for platform, machines in MACHINES.items():
+        for name in names or machines:
+            if name in machines:
+                compile_for(platform, machines[name])
 
 
-def on_xla(q, k, v, ends):
-    return xla.block_attention(q, k[0], v[0], visible_end=ends)
+def compile_for(platform: str, machine: str) -> None:
+    try:
+        found = topology.load(machine)
+    except InputError as error:
+        print(f"\nnot compiled for {machine}: {error}")
+        return
+    print(f"\nCompiled for {found.chip.name}")
+    calls = [(case.name, case.call, jax.eval_shape(case.make)) for case in cases(platform)]
+    with jax.set_mesh(sharding.make_mesh(MeshConfig(fsdp=1), found.devices[:1])):
+        lines = [[name, *compiled(call, shapes)] for name, call, shapes in calls]
+    print(table(["call", "on-chip MiB", "temporaries MiB", "kernels"], lines))
 
 
-def on_pages(q, k, v, ends):
-    """JAX's paged attention, its pages made beforehand: k, v [kv_heads, pages, page_size, D]."""
-    rows, queries, heads, head_dim = q.shape
-    kv_heads = k.shape[0]
-    folded = q.reshape(rows, queries, kv_heads, -1, head_dim).swapaxes(1, 2).reshape(rows, -1, head_dim)
-    table = jnp.arange(k.shape[1], dtype=jnp.int32).reshape(rows, -1)
-    out = paged_attention(folded * head_dim**-0.5, k, v, ends[:, 0], table, pages_per_compute_block=4)
-    return out.reshape(rows, kv_heads, queries, -1, head_dim).swapaxes(1, 2).reshape(q.shape)
+def compiled(call, shapes) -> list[str]:
+    """Memory of the compiled program: on the chip by its kernels, the most of any, and beside arguments and results."""
+    everywhere = jax.NamedSharding(jax.sharding.get_mesh(), jax.P())
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere) for x in shapes]
+    try:
+        program = jax.jit(call).lower(*shapes).compile()
+    except (InputError, jax.errors.JaxRuntimeError) as error:
+        return ["", "", str(error).splitlines()[0][:60]]
+    sizes = on_chip(program.as_text())
+    used = f"{max(sizes) / MIB:.1f}" if sizes else ""
+    temporaries = f"{program.memory_analysis().temp_size_in_bytes / MIB:.0f}"
+    return [used, temporaries, str(len(sizes))]
 
 
-def paged(x: jax.Array) -> jax.Array:
-    """One layer [1, rows, S, K, D] as pages [K, rows * pages, PAGE, D], rows padded to whole pages (to groups of 4)."""
-    x = jnp.pad(x[0], ((0, 0), (0, -x.shape[2] % (4 * PAGE)), (0, 0), (0, 0)))
-    return x.reshape(-1, PAGE, *x.shape[2:]).transpose(2, 0, 1, 3)
+def on_chip(text: str) -> list[int]:
+    """Bytes of VMEM that the kernels of a compiled program use, as the TPU's compiler notes beside each."""
+    calls = re.split(r'custom_call_target="tpu_custom_call"', text)[1:]
+    used = r'"used_scoped_memory_configs":\[(?:\{"memory_space":"1","offset":"\d+","size":"(\d+)"\})?'
+    found = (re.search(used, call) for call in calls)
+    return [int(each[1] or 0) if each else 0 for each in found]
 
 
-def candidates(q, k) -> list[Tiles]:
-    """The heuristic's tiles and their neighbours."""
-    first = heuristic(q, k, False)
-    return [
-        Tiles(rows=rows, queries=first.queries, keys=keys, chunk=chunk)
-        for rows in sorted({1, first.rows, 2 * first.rows})
-        for keys in sorted({128, first.keys, 2 * first.keys})
-        for chunk in (16, 32, 64)
-    ]
+# ---- a chip --------------------------------------------------------------------------------------------------------
 
 
-def measure(tune: bool) -> None:
+def measure(platform: str, tune: bool) -> None:
     kind = jax.devices()[0].device_kind
     print(f"\nMeasured on one {kind}, us a call")
-    print(f"{'model':10} {'context':>8} {'kernel':>9} {'XLA':>9} {'paged':>9} {'GB/s':>7}  tiles")
-    tuned = json.loads(TUNED.read_text())
-    for model in MODELS:
-        for context in CONTEXTS[:2]:
-            q, k = shapes(model, context)
-            keys = jax.random.split(jax.random.key(0), 3)
-            q, k, v = (jax.random.normal(key, x.shape, x.dtype) for key, x in zip(keys, (q, k, k), strict=True))
-            ends = jnp.asarray(ends_of(context))
-            tiles = choose(kind, q, k, False)
-            expected = jax.jit(on_xla)(q, k, v, ends).astype(jnp.float32)
-            worst = jnp.abs(jax.jit(kernel(tiles))(q, k, v, ends).astype(jnp.float32) - expected).max()
-            if not worst < 0.02:
-                raise SystemExit(f"wrong values on {kind}: {model} at {context} is off by {worst}")
-            if tune:
-                timed = {}
-                for each in candidates(q, k):
-                    try:
-                        timed[each] = seconds(kernel(each), q, k, v, ends)
-                    except jax.errors.JaxRuntimeError as error:  # most likely more VMEM than there is
-                        print(f"  {each}: {str(error).splitlines()[0][:80]}")
-                tiles = min(timed, key=timed.get)
-                tuned.setdefault(kind, {})[shape_name(q, k)] = vars(tiles)
-            ours = seconds(kernel(tiles), q, k, v, ends)
-            others = seconds(on_xla, q, k, v, ends), seconds(on_pages, q, paged(k), paged(v), ends)
-            moved = cost(q, k, np.asarray(ends), tiles).moved
-            figures = " ".join(f"{1e6 * each:9.1f}" for each in (ours, *others))
-            print(f"{model:10} {context:8} {figures} {moved / ours / 1e9:7.0f}  {tiles}")
-    if tune:
-        TUNED.write_text(json.dumps(tuned, indent=2, sort_keys=True) + "\n")
-        print(f"wrote {TUNED}")
+    for case in cases(platform):
+        arguments = case.make()
+        check(case, arguments)
+        call = case.call
+        if tune and case.tuning:
+            best, times = search(case.tuning, arguments)
+            for tiles, taken in sorted(times.items(), key=lambda item: item[1]):
+                print(f"  {1e6 * taken:9.1f}  {tiles}")
+            case.tuning.write(kind, best)
+            call = case.tuning.call(best)
+        ours = seconds(call, arguments)
+        others = {name: seconds(other.call, other.prepare(*arguments)) for name, other in case.others.items()}
+        compared = ", ".join(f"{name} {1e6 * taken:.1f}" for name, taken in others.items())
+        print(f"{case.name}: {1e6 * ours:.1f} ({case.least / ours / 1e9:.0f} GB/s of what has to move); {compared}")
+
+
+def profile(platform: str, folder: Path) -> None:
+    """One call of each kernel, after one that compiles it."""
+    for case in cases(platform):
+        arguments, call = case.make(), jax.jit(case.call)
+        jax.block_until_ready(call(*arguments))
+        with jax.profiler.trace(folder / re.sub(r"\W+", "_", case.name)), jax.profiler.TraceAnnotation(case.name):
+            jax.block_until_ready(call(*arguments))
+    print(f"traces in {folder}: xprof --logdir={folder}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tune", action="store_true", help="try tiles and write the best into tuning.json")
-    tune = parser.parse_args().tune
-    report()
-    if jax.default_backend() == "tpu":
-        measure(tune)
-    else:
-        print(f"\nNo TPU here, only {jax.default_backend()}: nothing was measured.")
+    parser.add_argument("--tune", action="store_true", help="search tiles and write the best into tuning.json")
+    parser.add_argument("--profile", type=Path, metavar="DIR", help="write an XProf trace of each kernel")
+    parser.add_argument("--chips", default="", metavar="NAMES", help="compile for these (v5e,v6e), not for all")
+    options = parser.parse_args()
+    names = [name for name in options.chips.split(",") if name]
+    known = [name for machines in MACHINES.values() for name in machines]
+    if unknown := sorted(set(names) - set(known)):
+        parser.error(f"unknown chip {unknown[0]}, known: {', '.join(known)}")
+    platform = jax.default_backend()
+    if cases(platform):
+        measure(platform, options.tune)
+        if options.profile:
+            profile(platform, options.profile)
+        return
+    if options.tune or options.profile:
+        parser.error(f"there is no kernel for {platform}, nothing to tune or to profile")
+    print(f"No chip with a kernel here, only {platform}: nothing is measured. What the cost model and compilers say:")
+    cost_models()
+    compile_all(names)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ What `cdlm plan` says (docs/planning.md), for 64 rows: the mesh data x fsdp x te
 seconds, at least, of an update or of decoding a batch, with what bounds them.
 
     machine        distill                     collect                     generate
-    v5e:4x4        1x16x1    7.2  1.45 compute 1x16x1    2.1  53.5 compute 4x1x4     4.6  2.14 compute
+    v5e:4x4        1x16x1    7.0  1.33 compute 1x16x1    2.1  53.5 compute 4x1x4     4.6  2.14 compute
     v5p:4x4x4      1x64x1    3.3 0.156 compute 64x1x1   14.3  5.74 compute 64x1x1   14.3  0.62 memory
     v6e:4x4        1x16x1    6.7 0.411 memory  16x1x1   14.7  11.6 compute 16x1x1   14.6     1 memory
     tpu7x:2x2x1    1x8x1    13.8 0.944 memory  8x1x1    28.4  31.1 memory  8x1x1    40.4  12.8 memory

@@ -268,7 +268,8 @@ ENDS = np.ones((2, 3), np.int32)
     ("changes", "message"),
     [
         ({"implementation": "tpu"}, r"'tpu' cannot run here: the device is a cpu; allowed: 'xla'"),
-        ({"implementation": "gpu"}, r"unknown implementation 'gpu' of block_attention, allowed: 'tpu', 'xla'"),
+        ({"implementation": "gpu"}, r"'gpu' cannot run here: the device is a cpu; allowed: 'xla'"),
+        ({"implementation": "cuda"}, r"unknown implementation 'cuda' of block_attention, allowed: 'tpu', 'gpu', 'xla'"),
         ({"visible_end": ENDS[:, :2]}, r"visible_end must be \[rows, Q\] = \(2, 3\)"),
         ({"k": K[:, :, 0]}, r"k, v \[rows, S, kv_heads, D\], got"),
         ({"layer": 0}, r"k, v \[layers, rows, S, kv_heads, D\], got"),

@@ -134,6 +134,22 @@ def instruction(text: str, *operands: str) -> tuple[hlo.Computation, hlo.Instruc
     return computation, computation.instructions["r"]
 
 
+def test_what_follows_a_kernel_is_counted():
+    """A kernel's metadata may go over lines, of which the last one starts like the end of a computation."""
+    text = """ENTRY main () -> f32[] {
+  %p0 = f32[8,16] parameter(0)
+  %k = f32[8,16] custom-call(%p0), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"xprof_metadata":"{}"
+}}, metadata={op_name="k"}
+  %p1 = f32[16,32] parameter(1)
+  ROOT %r = f32[8,32] dot(%k, %p1), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+"""
+    found = cost(text)
+    assert found.flops == 2 * 8 * 16 * 32
+    assert found.bytes == 4 * (2 * 8 * 16 + 8 * 16 + 16 * 32 + 8 * 32)
+
+
 def test_convolutions_of_a_tpu():
     """Products as a TPU writes them: plain, batched as a dilated window, and a contraction over two dimensions."""
     plain = "bf16[768,32]{1,0} convolution(%p0, %p1), dim_labels=bf_io->bf"

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from cdlm_jax.decoding.common import check_blocks, check_policy, check_request, decide
-from cdlm_jax.decoding.progress import DecodeResult, Progress, block_step, take_rows, until_done
+from cdlm_jax.decoding.progress import DecodeResult, Progress, block_step, switch, take_rows, until_done
 from cdlm_jax.decoding.unmask import Threshold, Unmask
 from cdlm_jax.models.cache import KVCache
 from cdlm_jax.models.transformer import Transformer
@@ -121,8 +121,8 @@ def separate(model: Transformer, start: jax.Array, size: int, progress: Progress
 def merged(model: Transformer, start: jax.Array, size: int, progress: Progress, carry: Carry):
     """Refine; the rows that just entered a block commit the one before in the same, then twice as wide, forward."""
     pending = (progress.step == 0) & (progress.block > 0)
-    wide, narrow = partial(commit_and_refine, model, start, size, pending), partial(refine, model, start, size)
-    return jax.lax.cond(pending.any(), wide, narrow, progress, carry)
+    narrow, wide = partial(refine, model, start, size), partial(commit_and_refine, model, start, size, pending)
+    return switch(pending.any(), (narrow, wide), progress, carry)
 
 
 def refine(model: Transformer, start: jax.Array, size: int, progress: Progress, carry: Carry):

@@ -25,7 +25,7 @@ from cdlm_jax.decoding.common import (
     predicting_rows,
     steps_per_block,
 )
-from cdlm_jax.decoding.progress import DecodeResult, Progress, block_step, take_rows, until_done
+from cdlm_jax.decoding.progress import DecodeResult, Progress, block_step, switch, take_rows, until_done
 from cdlm_jax.decoding.unmask import Allowance, Factor, FirstThen, Quota, Threshold, Timesteps, Unmask
 from cdlm_jax.models.cache import KVCache
 from cdlm_jax.models.transformer import Transformer
@@ -137,7 +137,7 @@ def cached_forward(model: Transformer, prompts, prompt_lengths, config: Config, 
     refresh = ~progress.done & (progress.step == 0)
     whole = partial(_whole, model, prompts, prompt_lengths, config, refresh)
     narrow = partial(_dual if config.cache == "dual" else _prefix, model, prompt_lengths, config)
-    return jax.lax.cond(refresh.any(), whole, narrow, progress, cache)
+    return switch(refresh.any(), (narrow, whole), progress, cache)
 
 
 def _whole(model, prompts, prompt_lengths, config: Config, refresh, progress: Progress, cache: KVCache):
@@ -170,7 +170,7 @@ def _prefix(model, prompt_lengths, config: Config, progress: Progress, cache: KV
         widths.append(-(-widths[-1] // 2))
     needed = jnp.max(jnp.where(progress.done, 1, blocks - progress.block))
     steps = [partial(_cached, model, prompt_lengths, config, width=width * config.block_size) for width in widths]
-    return jax.lax.switch((jnp.array(widths) >= needed).sum() - 1, steps, progress, cache)
+    return switch((jnp.array(widths) >= needed).sum() - 1, steps, progress, cache)
 
 
 def _cached(model, prompt_lengths, config: Config, progress: Progress, cache: KVCache, width: int):

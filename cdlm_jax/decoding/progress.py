@@ -1,7 +1,7 @@
 """Where every row of a batch stands, and the loop that all decoders run: forward, decide, finalize, advance."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -125,6 +125,19 @@ def block_step(
 def until_done(step: Callable, state: tuple[Progress, Any]) -> tuple[Progress, Any]:
     """The decode loop: steps until every row is done."""
     return jax.lax.while_loop(lambda state: ~state[0].done.all(), step, state)
+
+
+def switch(index: jax.Array, forwards: Sequence[Forward], progress: Progress, carry: Any) -> tuple[jax.Array, Any]:
+    """forwards[index](progress, carry), index a scalar: a `lax.switch` that leaves the cache where it is.
+
+    XLA copies what the branches of a conditional change, while a loop changes what it carries in place: here every
+    forward is in a loop of its own, of one round or none.
+    """
+    state = jnp.zeros_like(jax.eval_shape(forwards[0], progress, carry)[0]), carry
+    for i, forward in enumerate(forwards):
+        once = lambda s, forward=forward: (jnp.zeros_like(s[0]), *forward(progress, s[2]))  # noqa: E731
+        _, *state = jax.lax.while_loop(lambda s: s[0], once, (index == i, *state))
+    return tuple(state)
 
 
 # ---- rows ----------------------------------------------------------------------------------------------------------

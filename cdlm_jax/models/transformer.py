@@ -9,7 +9,7 @@ from flax import nnx
 
 from cdlm_jax import sharding
 from cdlm_jax.config import ModelConfig
-from cdlm_jax.kernels.block_attention import block_attention
+from cdlm_jax.kernels.block_attention import block_attention, training_attention
 from cdlm_jax.models.cache import KVCache
 from cdlm_jax.visibility import Span
 
@@ -164,10 +164,7 @@ class Transformer(nnx.Module):
         def step(x, layer):
             q, k, v = layer.project(x, angles)
             with jax.named_scope("attention"):
-                # Training differentiates this, so it stays with the libraries.
-                attended = block_attention(
-                    q, k, v, visible_end=visible_end, valid_start=valid_start, own=own, implementation="xla"
-                )
+                attended = training_attention(q, k, v, visible_end=visible_end, valid_start=valid_start, own=own)
             return layer.update(x, attended), None
 
         step = jax.checkpoint(step) if remat else step

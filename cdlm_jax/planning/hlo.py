@@ -98,7 +98,7 @@ def parse(text: str) -> Program:
             if header := _COMPUTATION.match(line):
                 name, lines = header[2], []
                 entry = name if header[1] else entry
-        elif line.startswith("}"):
+        elif line.startswith("}") and not line.startswith("}}"):  # which closes a kernel's metadata, over lines
             computations[name], name = _computation(lines), None
         else:
             lines.append(line)

@@ -80,13 +80,14 @@ def test_the_decoder_compiles_with_the_kernels_inside(chip, model, tensor):
     assert kernels(text) == ["block_attention"] * forwards + ["cache_write"] * forwards
 
 
-@pytest.mark.slow
-def test_the_cache_stays_where_it_is():
-    """Neither is a layer cut out of the cache, nor the whole of it copied, in front of a kernel (separate commits)."""
+@pytest.mark.parametrize("merge_commit", [True, False])
+def test_the_cache_stays_where_it_is(merge_commit):
+    """Neither is a layer cut out of the cache, nor the whole of it copied, in front of a kernel."""
     sizes = {"hidden_size": 512, "num_layers": 6, "num_heads": 4, "num_kv_heads": 4, "mlp_size": 512}
     ids = {"vocab_size": 1024, "mask_token_id": 5, "eos_token_id": 6, "pad_token_id": 6}
     with jax.set_mesh(mesh("v5e")):
-        text = decoder(dataclasses.replace(LLADA, **sizes, **ids), merge_commit=False).as_text()
-    assert kernels(text) == ["block_attention"] * 2 + ["cache_write"] * 2
+        text = decoder(dataclasses.replace(LLADA, **sizes, **ids), merge_commit=merge_commit).as_text()
+    forwards = 3 if merge_commit else 2
+    assert kernels(text) == ["block_attention"] * forwards + ["cache_write"] * forwards
     assert f"bf16[6,{ROWS},{PROMPT + LENGTH},4,128]" in text
     assert not re.findall(rf"= bf16\[(?:6|1),{ROWS},{PROMPT + LENGTH},\S* (?:copy|dynamic-slice)\(", text)

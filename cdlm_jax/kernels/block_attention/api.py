@@ -4,15 +4,15 @@ from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 
 from cdlm_jax import sharding
 from cdlm_jax.config import InputError
-from cdlm_jax.kernels.block_attention import reference, tpu, xla
+from cdlm_jax.kernels.block_attention import gpu, gpu_tiles, reference, tpu, xla
+from cdlm_jax.kernels.block_attention.mesh import per_device
 from cdlm_jax.kernels.block_attention.tiles import choose
 from cdlm_jax.visibility import Span
 
-Implementation = Literal["tpu", "xla"]
+Implementation = Literal["tpu", "gpu", "xla"]
 
 
 def block_attention(
@@ -49,14 +49,14 @@ def block_attention(
       k_scale, v_scale: float32 [rows, kv_heads, S], or paged [pages, kv_heads, page_size]: what int8 k and v are
         multiplied by.
       scale: what scores are multiplied by, positive; 1 / sqrt(D) if None.
-      implementation: "tpu" (Pallas, no gradient) or "xla"; None is the kernel where there is a TPU and it takes these
-        arguments, else "xla".
+      implementation: "tpu", "gpu" (Pallas, no gradient) or "xla"; None is the device's kernel, if it has one that takes
+        these arguments, else "xla".
       return_lse: also return each query's log-sum-exp of scaled scores, by which results over parts of the keys merge.
 
     Returns:
       out [rows, Q, heads, D] in q's dtype; with return_lse, (out, float32 [rows, Q, heads]). Softmax and sums are in
       float32. Of a query that sees no key, out is finite and without meaning (0 if return_lse), lse is -inf. Slots that
-      no query of the row sees are not read by the kernel; on the plain XLA path (no option that concerns keys) they
+      no query of the row sees are not read by the kernels; on the plain XLA path (no option that concerns keys) they
       must be finite.
 
     Raises:
@@ -64,9 +64,12 @@ def block_attention(
     """
     _check(q, k, v, visible_end, layer, page_table, k_scale, v_scale, scale, implementation)
     if implementation is None:
-        implementation = "tpu" if _refusal(q, k, page_table, valid_start, own) is None else "xla"
-    elif implementation == "tpu" and (reason := _refusal(q, k, page_table, valid_start, own)):
-        raise InputError(f"block_attention's implementation 'tpu' cannot run here: {reason}; allowed: 'xla'")
+        platform = sharding.device().platform
+        runs = platform in KERNELS and _refusal(platform, q, k, page_table, valid_start, own) is None
+        implementation = platform if runs else "xla"
+    elif implementation in KERNELS and (reason := _refusal(implementation, q, k, page_table, valid_start, own)):
+        named = f"block_attention's implementation {implementation!r}"
+        raise InputError(f"{named} cannot run here: {reason}; allowed: 'xla'")
 
     plain = kv_length is page_table is k_scale is None and not return_lse
     if implementation == "xla" and plain:
@@ -90,12 +93,9 @@ def block_attention(
         if implementation == "xla":
             result = reference.block_attention(q, k, v, scale=scale, **options)
             return result if return_lse else result[0]
-        return _on_tpu(q, k, v, **options, scale=scale, return_lse=return_lse)
+        return KERNELS[implementation](q, k, v, **options, scale=scale, return_lse=return_lse)
 
-    if not sharding.mesh_sizes():
-        return local(q, k, v, options)
-    k, v = xla.like_queries(k, q), xla.like_queries(v, q)
-    return _per_device(local, q, k, v, options, return_lse)
+    return per_device(local, q, k, v, options, return_lse)
 
 
 def _on_tpu(
@@ -135,45 +135,41 @@ def _on_tpu(
     )
 
 
-def _per_device(local, q, k, v, options, return_lse):
-    """Every device runs its rows and heads on its own: nothing is exchanged.
-
-    Pages are whole on every device, but for the key heads; page tables are split by rows.
-    """
-    of_q, of_k = jax.typeof(q).sharding.spec, jax.typeof(k).sharding.spec
-    rows, heads = of_q[0], of_q[2]
-    stack = (None,) * (k.ndim - 4)
-    keys = PartitionSpec(*stack, None if "page_table" in options else rows, None, of_k[-2], None)
-    specs = {
-        "layer": PartitionSpec(),
-        "k_scale": PartitionSpec(*keys[:-3], keys[-2], None),
-        "v_scale": PartitionSpec(*keys[:-3], keys[-2], None),
-    }
-    in_specs = {
-        name: jax.tree.map(lambda _, n=name: specs.get(n, PartitionSpec(rows)), options[name]) for name in options
-    }
-    options = jax.tree.map(jax.reshard, options, in_specs)
-    out = PartitionSpec(rows, None, heads, None)
-    return jax.shard_map(
-        local,
-        in_specs=(out, keys, keys, in_specs),
-        out_specs=(out, PartitionSpec(*out[:-1])) if return_lse else out,
-        check_vma=False,  # a Pallas call does not say over which axes its result varies
-    )(q, k, v, options)
+def _on_gpu(q, k, v, *, visible_end, layer=None, kv_length=None, page_table=None, scale, return_lse):
+    """Completes the arguments of the kernel."""
+    if layer is None:
+        k, v = k[None], v[None]
+    pages = 0 if page_table is None else page_table.shape[1]
+    return gpu.block_attention(
+        q,
+        k,
+        v,
+        visible_end=jnp.clip(reference.limited(visible_end, kv_length), 0, k.shape[2] * max(1, pages)),
+        layer=jnp.zeros((), jnp.int32) if layer is None else layer,
+        page_table=page_table,
+        scale=q.shape[-1] ** -0.5 if scale is None else scale,
+        tiles=gpu_tiles.choose(sharding.device().device_kind, q, k, pages),
+        return_lse=return_lse,
+    )
 
 
-def _refusal(q, k, page_table, valid_start, own) -> str | None:
-    """Why the TPU kernel cannot run here; None if it can."""
-    if (platform := sharding.device().platform) != "tpu":
-        return f"the device is a {platform}"
+KERNELS = {"tpu": _on_tpu, "gpu": _on_gpu}
+
+
+def _refusal(implementation, q, k, page_table, valid_start, own) -> str | None:
+    """Why this kernel cannot run here; None if it can."""
+    if (device := sharding.device()).platform != implementation:
+        return f"the device is a {device.platform}"
     if valid_start is not None or own is not None:
         return "it has neither valid_start nor own"
-    return tpu.refusal(q, k, None if page_table is None else k.shape[-3])
+    page_size = None if page_table is None else k.shape[-3]
+    return tpu.refusal(q, k, page_size) if implementation == "tpu" else gpu.refusal(q, k, page_size, device.device_kind)
 
 
 def _check(q, k, v, visible_end, layer, page_table, k_scale, v_scale, scale, implementation):
     if implementation is not None and implementation not in get_args(Implementation):
-        raise InputError(f"unknown implementation {implementation!r} of block_attention, allowed: 'tpu', 'xla'")
+        allowed = ", ".join(map(repr, get_args(Implementation)))
+        raise InputError(f"unknown implementation {implementation!r} of block_attention, allowed: {allowed}")
     shape = k.shape if layer is None else k.shape[1:]
     if q.ndim != 4 or len(shape) != 4 or k.shape != v.shape:
         stack = "" if layer is None else "layers, "

@@ -1,4 +1,4 @@
-"""What a call of the TPU kernel moves and computes, without running it: its own walk through memory, counted."""
+"""What a call of a kernel moves and computes, without running it: its own walk through memory, counted."""
 
 import dataclasses
 import math
@@ -7,14 +7,15 @@ import jax
 import numpy as np
 
 from cdlm_jax.chips import Chip
+from cdlm_jax.kernels.block_attention.gpu_tiles import WGMMA, GpuTiles
 from cdlm_jax.kernels.block_attention.tiles import LANES, Tiles
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cost:
-    """moved: bytes between HBM and the chip. least: each visible key and value, each query and result once.
-    flops: of the two products, over visible keys only. buffers: bytes of VMEM that the kernel asks for; the compiler
-    adds its temporaries.
+    """moved: bytes between HBM and the chip; on a GPU also those that its cache answers. least: each visible key and
+    value, each query and result once. flops: of the two products, over visible keys only. buffers: bytes of VMEM that
+    the kernel asks for, to which the compiler adds its temporaries, or of shared memory that a program has.
     """
 
     moved: int
@@ -43,12 +44,12 @@ def cost(
     tiles: Tiles,
     page_size: int | None = None,
 ) -> Cost:
-    """The cost for q [rows, Q, H, D] and one layer's k [..., S, K, D] (or pages); visible_end [rows, Q] as numbers."""
+    """The TPU kernel's cost for q [rows, Q, H, D] and one layer's k [..., S, K, D] (or pages); visible_end [rows, Q] as
+    numbers."""
     rows, num_queries, heads, head_dim = q.shape
     slots, kv_heads = k.shape[-3:-1]
     q_tiles = math.ceil(num_queries / tiles.queries)
-    pieces = [visible_end[:, i * tiles.queries : (i + 1) * tiles.queries].max(axis=1) for i in range(q_tiles)]
-    lengths = np.concatenate(pieces)  # of every (row, tile of queries)
+    lengths = _lengths(visible_end, tiles.queries)
     scaled = k.dtype.itemsize == 1
 
     def key_bytes(keys: int, lanes: int) -> int:
@@ -60,14 +61,50 @@ def cost(
         moved += sum(2 * math.ceil(each / tiles.keys) * tiles.keys * kv_heads * 4 for each in lengths)
     queries_and_result = 2 * rows * num_queries * heads * q.dtype.itemsize
     moved += queries_and_result * width + math.ceil(rows / tiles.rows) * tiles.rows * q_tiles * tiles.queries * 4
-    visible = int(visible_end.max(axis=1).sum())
-    least = key_bytes(visible, head_dim) + queries_and_result * head_dim + (8 * visible * kv_heads if scaled else 0)
+    return Cost(moved=moved, buffers=_buffers(q, k, tiles), **_needed(q, k, visible_end))
+
+
+def gpu_cost(
+    q: jax.Array | jax.ShapeDtypeStruct,
+    k: jax.Array | jax.ShapeDtypeStruct,
+    visible_end: np.ndarray,
+    tiles: GpuTiles,
+    page_size: int | None = None,
+) -> Cost:
+    """The GPU kernel's; arguments as of `cost`. With splits, what the merge reads and writes is counted too."""
+    heads, head_dim = q.shape[2:]
+    slots, kv_heads = k.shape[-3:-1]
+    group = heads // kv_heads
+    lengths = _lengths(visible_end, tiles.queries)
+    whole = -(-lengths // tiles.keys) * tiles.keys
+    keys = int((whole if page_size else np.minimum(whole, slots)).sum())  # behind a row's last slot nothing is read
+    programs = len(lengths) * kv_heads * tiles.splits
+    padded = tiles.blocks(group) * WGMMA  # rows of the product
+    queries = len(lengths) * tiles.queries * heads * head_dim * q.dtype.itemsize
+    results = queries if tiles.splits == 1 else 2 * programs * padded * head_dim * 4 + queries
+    statistics = (2 if tiles.splits == 1 else 3) * programs * padded * 4  # ends; log-sum-exps, which a merge reads
     return Cost(
-        moved=moved,
-        least=least,
-        flops=4 * heads * head_dim * int(visible_end.sum()),
-        buffers=_buffers(q, k, tiles),
+        moved=2 * keys * kv_heads * head_dim * k.dtype.itemsize + queries * tiles.splits + results + statistics,
+        buffers=tiles.shared(group, head_dim),
+        **_needed(q, k, visible_end),
     )
+
+
+def _lengths(visible_end: np.ndarray, queries: int) -> np.ndarray:
+    """Keys that any query of a tile of queries sees, for every (row, tile)."""
+    starts = range(0, visible_end.shape[1], queries)
+    return np.concatenate([visible_end[:, start : start + queries].max(axis=1) for start in starts])
+
+
+def _needed(q, k, visible_end: np.ndarray) -> dict[str, int]:
+    """What any kernel has to move at least, and to compute."""
+    heads, head_dim = q.shape[2:]
+    visible = int(visible_end.max(axis=1).sum()) * k.shape[-2]  # keys of key heads
+    scales = 8 * visible if k.dtype.itemsize == 1 else 0
+    return {
+        "least": 2 * (visible * head_dim * k.dtype.itemsize + math.prod(q.shape) * q.dtype.itemsize) + scales,
+        "flops": 4 * heads * head_dim * int(visible_end.sum()),
+    }
 
 
 def keys_fetched(length: int, tiles: Tiles, slots: int, page_size: int | None = None) -> int:

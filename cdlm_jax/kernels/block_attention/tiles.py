@@ -27,8 +27,13 @@ class Tiles:
 
 def choose(device_kind: str, q: jax.Array, k: jax.Array, paged: bool) -> Tiles:
     """Tiles for q [rows, Q, heads, D] and k [..., rows, S, kv_heads, D] (or pages of S slots) on one device."""
-    tuned = _tuned().get(device_kind, {}).get(shape_name(q, k))
+    tuned = measured(device_kind, q, k)
     return Tiles(**tuned) if tuned and not paged else heuristic(q, k, paged)
+
+
+def measured(device_kind: str, q: jax.Array, k: jax.Array) -> dict[str, int]:
+    """The entry of `tuning.json` for these shapes; {} if there is none."""
+    return _tuned().get(device_kind, {}).get(shape_name(q, k), {})
 
 
 def shape_name(q: jax.Array, k: jax.Array) -> str:

@@ -47,6 +47,13 @@ STATISTICS = {"confidence": (1, 0, 6), "confidence, drawn": (1, 3, 9), "KL": (2,
 GRADIENTS = {"KL": (2, 4), "NLL": (1, 4)}
 
 
+def forward_sizes(op: str, n: int, d: int, vocab: int, dtype=jnp.bfloat16) -> Sizes:
+    """Of statistics, for an op of STATISTICS: what its tiles are chosen, and looked up, by."""
+    hiddens, extras, kept = STATISTICS[op]
+    head = jax.ShapeDtypeStruct((d, vocab), dtype)
+    return Sizes.of(_rows(n, d, dtype, hiddens, extras), (head,), per_row=KEPT * LANES * kept)
+
+
 def forward(op: str, n: int, d: int, vocab: int, cores: int, vmem: int, dtype=jnp.bfloat16) -> Cost:
     """Of statistics, for an op of STATISTICS."""
     hiddens, extras, kept = STATISTICS[op]

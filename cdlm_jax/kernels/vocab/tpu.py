@@ -11,9 +11,12 @@ Three kernels, each a grid of tiles of rows [R, d] and of columns [d, C], both w
 """
 
 import dataclasses
+import functools
+import json
 from collections.abc import Callable
 from functools import reduce
 from itertools import cycle
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -22,6 +25,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec as P
 
+from cdlm_jax import sharding
 from cdlm_jax.config import InputError
 from cdlm_jax.kernels.vocab.statistics import LEAST, Rows, nothing, peak
 from cdlm_jax.kernels.vocab.xla import LANES, sweep
@@ -29,6 +33,7 @@ from cdlm_jax.kernels.vocab.xla import LANES, sweep
 GATHERED = 16384  # columns of a head whose `fsdp` pieces are put together at a time
 STEP = 256  # rows of a tile that are computed with at a time: bounds the code's length and its intermediate values
 NO_TOKEN = 2**31 - 1
+TUNED = Path(__file__).with_name("tuning.json")  # device kind -> `Sizes.name` -> fields of Tiles
 MIB = 2**20
 
 # Bytes in VMEM for each number of a result: written from there while the next is computed; or also summed there.
@@ -64,6 +69,10 @@ class Sizes(NamedTuple):
         row = sum(lanes(x.shape[1]) * x.dtype.itemsize for x in jax.tree.leaves(rows))
         column = sum(head.shape[0] for head in heads) * heads[0].dtype.itemsize
         return cls(n, d, heads[0].shape[1], row, column, per_row, per_column)
+
+    @property
+    def name(self) -> str:
+        return "x".join(map(str, self))
 
     def moved(self, tiles: Tiles, columns_first: bool = False) -> int:
         """Bytes that a kernel reads: a tile is fetched when it is not the one of the step before."""
@@ -107,6 +116,17 @@ def choose(sizes: Sizes, columns_first: bool, cores: int, vmem: int) -> Tiles:
 
     rows, column = min(fitting, key=cost)
     return Tiles(rows=rows, columns=column, splits=cores if rows >= n and not columns_first else 1, vmem=vmem)
+
+
+def tuned(device_kind: str, sizes: Sizes) -> Tiles | None:
+    """The tiles that were fastest on such a device; None if nobody measured."""
+    found = _tuned().get(device_kind, {}).get(sizes.name)
+    return found and Tiles(**found)
+
+
+@functools.cache
+def _tuned() -> dict[str, dict[str, dict[str, int]]]:
+    return json.loads(TUNED.read_text())
 
 
 # ---- kernels -------------------------------------------------------------------------------------------------------
@@ -455,7 +475,8 @@ class Engine:
             cores, vmem = 2, 128 * MIB
         else:
             cores, vmem = (info := pltpu.get_tpu_info()).num_cores, info.vmem_capacity_bytes
-        return Walk(rows, heads, first, self.tiles or choose(sizes, columns_first, cores, vmem), self.interpret)
+        tiles = self.tiles or tuned(sharding.device().device_kind, sizes)
+        return Walk(rows, heads, first, tiles or choose(sizes, columns_first, cores, vmem), self.interpret)
 
 
 def flat(rows: Rows) -> Rows:

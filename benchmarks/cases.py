@@ -1,0 +1,118 @@
+"""What a benchmark of a kernel consists of, and how its values and its times are found."""
+
+import dataclasses
+import functools
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+CALLS = 50  # in a timed program
+TIMES = 5  # of which the shortest counts
+
+
+class Compared(NamedTuple):
+    """Another way to the same result: call(*prepare(*arguments)), where only the call is timed."""
+
+    call: Callable
+    prepare: Callable = lambda *arguments: arguments
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """A search of tiles: candidates (dataclasses), the call with some of them, and the place of the best in a file.
+    fields: those that are written; all if empty."""
+
+    candidates: Callable[[], Sequence[Any]]
+    call: Callable[[Any], Callable]
+    file: Path
+    shape: str
+    fields: tuple[str, ...] = ()
+
+    def write(self, device_kind: str, best: Any) -> None:
+        """Adds the entry device kind -> shape -> fields to the file."""
+        tuned = json.loads(self.file.read_text())
+        found = {name: size for name, size in vars(best).items() if name in (self.fields or vars(best))}
+        tuned.setdefault(device_kind, {})[self.shape] = found
+        self.file.write_text(json.dumps(tuned, indent=2, sort_keys=True) + "\n")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """A kernel at one size, and what it is compared with.
+
+    make: the arguments of a call; also traced, for their shapes. call: the public function, by the kernel.
+    expected: the right values, in plain JAX; tolerance: of the largest difference, against the largest value.
+    least: bytes that have to be moved.
+    """
+
+    name: str
+    make: Callable[[], tuple]
+    call: Callable
+    expected: Callable
+    others: Mapping[str, Compared]
+    tolerance: float = 0.02
+    least: int
+    tuning: Tuning | None = None
+
+
+def error(found, expected) -> float:
+    """The largest difference of any array of floating-point numbers, against the largest value that is expected."""
+    worst = [0.0]
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        if jnp.issubdtype(b.dtype, jnp.floating):
+            a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+            worst.append(np.abs(a - b).max() / max(np.abs(b).max(), 1e-30))
+    return float(np.max(worst))  # nan if any is
+
+
+def check(case: Case, arguments: tuple) -> None:
+    """Compares the kernel and all others with the right values. SystemExit where one is wrong."""
+    expected = jax.jit(case.expected)(*arguments)
+    for name, (call, prepare) in {"kernel": Compared(case.call), **case.others}.items():
+        worst = error(jax.jit(call)(*prepare(*arguments)), expected)
+        if not worst <= case.tolerance:
+            raise SystemExit(f"wrong values: {case.name}, {name}, is off by {worst:.3g} (at most {case.tolerance})")
+
+
+def seconds(call: Callable, arguments: tuple) -> float:
+    """One call's time on the device: many in one program, each waiting for the one before, less the time of the same
+    loop without them."""
+
+    @functools.partial(jax.jit, static_argnames="step")
+    def chain(first, rest, step):
+        def body(_, carry):
+            # An element of every result goes into the next call's first argument, so that none is left out.
+            results = jax.lax.optimization_barrier(step(carry, *rest))
+            return carry + sum(0 * x.ravel()[0] for x in jax.tree.leaves(results)).astype(carry.dtype)
+
+        return jax.lax.fori_loop(0, CALLS, body, first)
+
+    def best(step) -> float:
+        chain(arguments[0], arguments[1:], step).block_until_ready()
+        times = []
+        for _ in range(TIMES):
+            start = time.perf_counter()
+            chain(arguments[0], arguments[1:], step).block_until_ready()
+            times.append(time.perf_counter() - start)
+        return min(times) / CALLS
+
+    return best(call) - best(lambda first, *_: first)
+
+
+def search(tuning: Tuning, arguments: tuple) -> tuple[Any, dict[Any, float]]:
+    """(the fastest candidate, the time of each); one that the device's compiler refuses takes forever."""
+    times = {}
+    for each in tuning.candidates():
+        try:
+            times[each] = seconds(tuning.call(each), arguments)
+        except (jax.errors.JaxRuntimeError, ValueError) as refused:  # most likely more memory on the chip than there is
+            print(f"  {each}: {str(refused).splitlines()[0][:80]}")
+            times[each] = math.inf
+    return min(times, key=times.get), times

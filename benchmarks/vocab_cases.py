@@ -1,0 +1,158 @@
+"""The vocabulary's kernels against the plain XLA path and materialized logits."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from cases import Case, Compared, Tuning
+from jax.experimental.pallas import tpu as pltpu
+
+from cdlm_jax.chips import Chip
+from cdlm_jax.kernels.vocab import confidence, linear_kl, ops, reference, tpu
+from cdlm_jax.kernels.vocab.api import TILE
+from cdlm_jax.kernels.vocab.cost import backward, forward, forward_sizes, on_gpu
+from cdlm_jax.kernels.vocab.gpu import SHARED
+from cdlm_jax.kernels.vocab.noise import Seeds
+
+MIB = 2**20
+MODELS = {"Dream-7B": (3584, 152064), "LLaDA-8B": (4096, 126464)}
+FORBIDDEN = (7, 9)
+TEMPERATURE = 0.5  # of the op `drawn`
+KERNELS = {"tpu": ("confidence", "drawn", "KL"), "gpu": ("confidence", "drawn")}  # platform -> ops that have one
+TILES = (TILE, 4 * TILE)  # of the XLA path
+CORES_AND_VMEM = {
+    "TPU v4": (2, 16 * MIB),
+    "TPU v5e": (1, 128 * MIB),
+    "TPU v5p": (2, 64 * MIB),
+    "TPU v6e": (1, 128 * MIB),
+    "TPU7x": (1, 64 * MIB),
+}
+
+
+def arguments(op: str, n: int, d: int, vocab: int) -> tuple[jax.Array, ...]:
+    """hidden and head, of which logits are about as wide as a model's; a teacher's hidden rows and weights for KL."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    hidden, teacher = (2 * jax.random.normal(key, (n, d), jnp.bfloat16) for key in keys[:2])
+    head = jax.random.normal(keys[2], (d, vocab), jnp.bfloat16) * d**-0.5
+    return (hidden, head, teacher, jax.random.uniform(keys[3], (n,))) if op == "KL" else (hidden, head)
+
+
+def kl_with_gradient(kl):
+    """(value, gradient of the student's hidden rows): the head is frozen, as with LoRA."""
+
+    def both(student, head, teacher, weights):
+        return jax.value_and_grad(lambda student: kl(teacher, student, head, weights))(student)
+
+    return both
+
+
+def on(op: str, **options):
+    """The public function: `implementation`, and the XLA path's `tile`."""
+    if op == "KL":
+        return kl_with_gradient(partial(linear_kl, **options))
+    if op == "drawn":
+        return lambda *given: confidence(
+            *given, forbidden=FORBIDDEN, temperature=TEMPERATURE, key=jax.random.key(1), **options
+        )
+    return partial(confidence, forbidden=FORBIDDEN, **options)
+
+
+def with_tiles(tiles: tpu.Tiles):
+    """`confidence` at temperature 0 on the TPU's kernel."""
+    engine = tpu.Engine(tiles=tiles)
+    return lambda hidden, head: ops.confidence(engine, hidden, head, FORBIDDEN, 0.0, None)
+
+
+def candidates(sizes: tpu.Sizes) -> list[tpu.Tiles]:
+    """Those that fit this TPU: the chosen ones, and other numbers of columns."""
+    cores, vmem = (info := pltpu.get_tpu_info()).num_cores, info.vmem_capacity_bytes
+    first = tpu.choose(sizes, False, cores, vmem)
+    columns = [c for c in (128, 256, 512, 1024, 2048, 4096) if sizes.vmem(first.rows, c) <= vmem]
+    splits = sorted({1, first.splits})
+    return [dataclasses.replace(first, columns=c, splits=each) for c in columns for each in splits]
+
+
+def drawn_seeds(n: int) -> Seeds:
+    """Those that `confidence` makes of the key in `on`."""
+    words = jax.random.key_data(jax.random.key(1))
+    zeros = jnp.zeros(n, jnp.uint32)
+    return Seeds(zeros + words[0], zeros + words[1], jnp.arange(n, dtype=jnp.uint32))
+
+
+def with_logits(op: str):
+    """The definitions: an array of all logits."""
+    if op == "KL":
+        return kl_with_gradient(reference.linear_kl)
+
+    def call(hidden, head):
+        if op == "drawn":
+            return reference.confidence(hidden, head, FORBIDDEN, TEMPERATURE, drawn_seeds(hidden.shape[0]))
+        return reference.confidence(hidden, head, FORBIDDEN)
+
+    return call
+
+
+def case(platform: str, model: str, op: str, n: int) -> Case:
+    d, vocab = MODELS[model]
+    others = {f"XLA, tile {tile}": Compared(on(op, implementation="xla", tile=tile)) for tile in TILES}
+    tuning = None
+    if platform == "tpu" and op == "confidence":
+        sizes = forward_sizes("confidence", n, d, vocab)
+        tuning = Tuning(candidates=partial(candidates, sizes), call=with_tiles, file=tpu.TUNED, shape=sizes.name)
+    return Case(
+        name=f"{model}, {op}, {n} rows",
+        make=partial(arguments, op, n, d, vocab),
+        call=on(op, implementation=platform),
+        expected=with_logits(op),
+        others=others | {"logits": Compared(with_logits(op))},
+        least=2 * d * (vocab + n * (3 if op == "KL" else 1)),
+        tuning=tuning,
+    )
+
+
+def cases(platform: str) -> list[Case]:
+    """Those of a platform that has a kernel. KL: as many rows as leave room for their logits."""
+    rows = {"confidence": (32, 1024), "drawn": (32,), "KL": (2048,)}
+    known = KERNELS.get(platform, ())
+    return [case(platform, model, op, n) for model in MODELS for op in known for n in rows[op]]
+
+
+def cost_model(chips: list[Chip]) -> tuple[list[str], list[list[str]]]:
+    """A table, its head and its rows: the kernels' tiles, bytes and bounds. A GPU's shared memory is its VMEM."""
+    on_gpus = {
+        f"{op}, {n} rows": partial(on_gpu, op, n) for n in (32, 1024) for op in ("confidence", "confidence, drawn")
+    }
+    on_tpus = {
+        "confidence, 32 rows": partial(forward, "confidence", 32),
+        "confidence, drawn, 32 rows": partial(forward, "confidence, drawn", 32),
+        "confidence, 1024 rows": partial(forward, "confidence", 1024),
+        "KL, 16384 rows": partial(forward, "KL", 16384),
+        "KL, d hidden": partial(backward, "KL", "hidden", 16384),
+        "KL, d head": partial(backward, "KL", "head", 16384),
+        "NLL, 16384 rows": partial(forward, "NLL", 16384),
+    }
+    head = ["vocabulary", "kernel", "chip", "R x C", "VMEM MiB", "moved / least", "FLOPs/byte", "bound"]
+    lines = []
+    for model, sizes in MODELS.items():
+        for name in on_tpus | on_gpus:
+            for chip in chips:
+                walk = (on_tpus if chip.name in CORES_AND_VMEM else on_gpus).get(name)
+                if walk is None:
+                    continue
+                limit = CORES_AND_VMEM.get(chip.name)
+                found = walk(*sizes, *limit) if limit else walk(*sizes)
+                room = limit[1] if limit else SHARED
+                lines.append(
+                    [
+                        model,
+                        name,
+                        chip.name,
+                        f"{found.tiles.rows} x {found.tiles.columns}",
+                        f"{found.vmem / MIB:.2f} of {room / MIB:.3g}",
+                        f"{found.ratio:.3f}",
+                        f"{found.intensity:.0f}",
+                        f"{1e3 * found.seconds(chip):.3g} ms, {'FLOPs' if found.intensity > chip.ridge else 'HBM'}",
+                    ]
+                )
+    return head, lines

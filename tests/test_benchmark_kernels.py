@@ -1,0 +1,229 @@
+"""The benchmark of the kernels, as far as it can be tested without a chip: its comparisons are of the same values."""
+
+import dataclasses
+import json
+import math
+import re
+import sys
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+from jax.experimental.pallas.ops.tpu.ragged_paged_attention import kernel as ragged
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))  # where `python benchmarks/kernels.py` looks
+
+import attention_cases
+import cases
+import kernels
+import vocab_cases
+
+from cdlm_jax.config import InputError
+from cdlm_jax.kernels.block_attention import tiles as attention_tiles
+from cdlm_jax.kernels.vocab import ops, tpu
+from cdlm_jax.kernels.vocab.cost import forward_sizes
+
+# ---- block attention -----------------------------------------------------------------------------------------------
+
+
+def block_step(dtype="bfloat16"):
+    """q, k, v and what the queries of two rows see; several query heads and a row that does not fill its last page."""
+    q = jax.ShapeDtypeStruct((2, 32, 4, 128), dtype)
+    k = jax.ShapeDtypeStruct((1, 2, 200, 2, 128), dtype)
+    ends = np.repeat(np.array([[150], [70]], np.int32), 32, axis=1)
+    return *attention_cases.normal(q, k, k), jnp.asarray(ends)
+
+
+def is_right(call, prepare, dtype="bfloat16") -> bool:
+    arguments = block_step(dtype)
+    return cases.error(jax.jit(call)(*prepare(*arguments)), attention_cases.right(*arguments)) < 0.01
+
+
+def test_the_block_step_on_xla_and_paged_attention():
+    for name in ("XLA", "paged"):
+        with pltpu.force_tpu_interpret_mode():
+            assert is_right(*attention_cases.LIBRARIES["tpu"][name])
+
+
+def test_the_block_step_on_splash():
+    assert is_right(partial(attention_cases.on_splash, interpret=True), attention_cases.for_splash)
+
+
+def test_the_block_step_on_ragged_paged_attention(monkeypatch):
+    """On its own reference: interpret mode does not know the reshape of a reference that its kernel makes."""
+
+    def in_plain_jax(*arguments, num_kv_pages_per_block, num_queries_per_block, **options):
+        return ragged.ref_ragged_paged_attention(*arguments, **options)
+
+    monkeypatch.setattr(attention_cases, "ragged_paged_attention", in_plain_jax)
+    call, prepare = attention_cases.LIBRARIES["tpu"]["ragged paged"]
+    arguments = block_step()
+    assert cases.error(call(*prepare(*arguments)), attention_cases.right(*arguments)) < 0.01
+
+
+def test_the_block_step_with_searched_tiles():
+    q, k, *_ = block_step()
+    found = attention_cases.candidates(q, k)
+    assert attention_tiles.heuristic(q, k, False) in found and len(set(found)) == len(found) > 8
+    with pltpu.force_tpu_interpret_mode():
+        assert is_right(*cases.Compared(attention_cases.with_tiles(found[0])), dtype="float32")
+
+
+def test_training_with_gradients():
+    keys = attention_cases.normal(*(jax.ShapeDtypeStruct((2, 40, heads, 64), jnp.float32) for heads in (4, 2, 2)))
+    ends = jnp.full((2, 40), 33)
+    (case,) = (each for each in attention_cases.cases("tpu") if each.name == "Dream-7B, training, 4 x 768")
+    assert [x.shape for x in jax.eval_shape(case.make)] == [(4, 768, 28, 128), *[(4, 768, 4, 128)] * 2, (4, 768)]
+    found = case.others["XLA"].call(*keys, ends)
+    assert [x.shape for x in found] == [keys[0].shape, *(x.shape for x in keys)]
+    assert cases.error(found, case.expected(*keys, ends)) < 1e-5
+
+
+# ---- the vocabulary ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("op", ["confidence", "drawn", "KL"])
+def test_the_vocabulary_on_xla_is_what_its_logits_say(op):
+    arguments = vocab_cases.arguments(op, 12, 16, 1000)
+    found = vocab_cases.on(op, implementation="xla", tile=256)(*arguments)
+    expected = vocab_cases.with_logits(op)(*arguments)
+    assert cases.error(found, expected) < 0.01
+    if op != "KL":
+        np.testing.assert_array_equal(found.token, expected.token)
+
+
+def test_tuned_tiles_are_found_by_the_sizes_of_the_call(monkeypatch):
+    """The benchmark writes them under the name by which the kernel looks for them."""
+    asked = []
+    monkeypatch.setattr(tpu, "tuned", lambda kind, sizes: asked.append((kind, sizes.name)))
+    hidden, head = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((32, 256), (256, 1024)))
+    engine = tpu.Engine(interpret=True)
+    jax.eval_shape(lambda *given: ops.confidence(engine, *given, vocab_cases.FORBIDDEN, 0.0, None), hidden, head)
+    assert asked == [(jax.devices()[0].device_kind, forward_sizes("confidence", 32, 256, 1024).name)]
+
+
+def test_tuned_tiles_of_the_vocabulary_are_taken(monkeypatch):
+    sizes, best = forward_sizes("confidence", 32, 256, 1024), tpu.Tiles(rows=32, columns=256)
+    monkeypatch.setattr(tpu, "_tuned", lambda: {"TPU v9": {sizes.name: dataclasses.asdict(best)}})
+    assert tpu.tuned("TPU v9", sizes) == best and tpu.tuned("TPU v8", sizes) is None
+
+
+# ---- values, times, tiles ------------------------------------------------------------------------------------------
+
+
+def product_case(call) -> cases.Case:
+    def make():
+        return jnp.ones((300, 300)), jnp.eye(300)
+
+    return cases.Case(name="product", make=make, call=call, expected=jnp.dot, others={}, least=1)
+
+
+def test_wrong_values_end_the_benchmark():
+    right = product_case(jnp.dot)
+    cases.check(right, right.make())
+    wrong = dataclasses.replace(right, others={"XLA": cases.Compared(lambda a, b: 1.1 * a @ b)})
+    with pytest.raises(SystemExit, match="wrong values: product, XLA, is off by 0.1 "):
+        cases.check(wrong, wrong.make())
+    nan = product_case(lambda a, b: jnp.nan * a @ b)
+    with pytest.raises(SystemExit, match="product, kernel, is off by nan"):
+        cases.check(nan, nan.make())
+
+
+def test_a_time_is_of_the_call():
+    case = product_case(jnp.dot)
+    one = cases.seconds(case.call, case.make())
+    ten = cases.seconds(lambda a, b: tuple(a @ (b + i) for i in range(10)), case.make())
+    assert 0 < one < ten  # all ten are computed, though no later call takes all of their results
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    rows: int
+
+
+def test_the_fastest_tiles_are_written(monkeypatch, tmp_path):
+    def timed(rows, arguments):
+        if rows == 3:
+            raise jax.errors.JaxRuntimeError("no room\non the chip")
+        return {1: 2.0, 2: 1.0}[rows]
+
+    file = tmp_path / "tuning.json"
+    file.write_text('{"TPU v9": {"other": {"rows": 7}}}')
+    tuning = cases.Tuning(
+        candidates=lambda: [Tiles(1), Tiles(2), Tiles(3)], call=lambda tiles: tiles.rows, file=file, shape="32x4"
+    )
+    monkeypatch.setattr(cases, "seconds", timed)
+    best, times = cases.search(tuning, ())
+    assert best == Tiles(2) and times == {Tiles(1): 2.0, Tiles(2): 1.0, Tiles(3): math.inf}
+    tuning.write("TPU v9", best)
+    assert json.loads(file.read_text()) == {"TPU v9": {"other": {"rows": 7}, "32x4": {"rows": 2}}}
+
+
+@pytest.mark.parametrize("file", [attention_tiles.TUNED, tpu.TUNED])
+def test_what_was_tuned_can_be_read(file):
+    kinds = {attention_tiles.TUNED: attention_tiles.Tiles, tpu.TUNED: tpu.Tiles}
+    for shapes in json.loads(file.read_text()).values():
+        assert all(kinds[file](**fields) for fields in shapes.values())
+
+
+# ---- the command ---------------------------------------------------------------------------------------------------
+
+
+def test_measuring_prints_the_kernel_and_what_it_is_compared_with(monkeypatch, capsys):
+    others = {"XLA": cases.Compared(lambda a, b: a @ b)}
+    file = Path("unused")
+    tuning = cases.Tuning(candidates=list, call=lambda tiles: jnp.matmul, file=file, shape="")
+    case = dataclasses.replace(product_case(jnp.dot), others=others, tuning=tuning)
+    monkeypatch.setattr(kernels, "cases", lambda platform: [case])
+    kernels.measure("cpu", tune=False)
+    assert re.search(r"^product: [\d.]+ \(\d+ GB/s of what has to move\); XLA [\d.]+$", capsys.readouterr().out, re.M)
+
+
+def test_without_a_chip_it_says_so_and_what_the_compilers_would_need(monkeypatch, capsys):
+    def absent(machine):
+        raise InputError("compiling for a TPU needs its compiler")
+
+    monkeypatch.setattr(kernels.topology, "load", absent)
+    monkeypatch.setattr(sys, "argv", ["kernels.py", "--chips=v5e,v6e"])
+    kernels.main()
+    out = capsys.readouterr().out
+    assert out.startswith("No chip with a kernel here, only cpu: nothing is measured.")
+    assert re.findall(r"not compiled for (\S+): compiling for a TPU needs", out) == ["v5e:2x2", "v6e:2x2"]
+    assert re.search(r"^Dream-7B +1024 +1\.012 ", out, re.M) and "confidence, 32 rows" in out
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--chips=v9", "unknown chip v9, known: v4, v5e"),
+        ("--tune", "there is no kernel for cpu, nothing to tune"),
+        ("--profile=traces", "there is no kernel for cpu"),
+    ],
+)
+def test_what_cannot_be_done_is_refused(option, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["kernels.py", option])
+    with pytest.raises(SystemExit) as stopped:
+        kernels.main()
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_a_trace_of_each_kernel(monkeypatch, tmp_path):
+    monkeypatch.setattr(kernels, "cases", lambda platform: [product_case(jnp.dot)])
+    kernels.profile("cpu", tmp_path)
+    assert list((tmp_path / "product").rglob("*.xplane.pb"))
+
+
+def test_memory_on_the_chip_is_read_off_the_program():
+    text = """
+  %a = f32[] custom-call(), custom_call_target="tpu_custom_call", backend_config={"used_scoped_memory_configs":[{"memory_space":"1","offset":"0","size":"2277376"}]}
+  %b = f32[] custom-call(), custom_call_target="tpu_custom_call", backend_config={"used_scoped_memory_configs":[]}
+"""  # noqa: E501
+    assert kernels.on_chip(text) == [2277376, 0]
+
+
+def test_tables_are_aligned():
+    assert kernels.table(["op", "us"], [["one", "5"], ["three", "10"]]) == "op     us\none     5\nthree  10"
