@@ -1,6 +1,7 @@
 """The vocabulary's kernels against the plain XLA path and materialized logits."""
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -11,8 +12,7 @@ from jax.experimental.pallas import tpu as pltpu
 from cdlm_jax.chips import Chip
 from cdlm_jax.kernels.vocab import confidence, linear_kl, ops, reference, tpu
 from cdlm_jax.kernels.vocab.api import TILE
-from cdlm_jax.kernels.vocab.cost import backward, forward, forward_sizes, on_gpu
-from cdlm_jax.kernels.vocab.gpu import SHARED
+from cdlm_jax.kernels.vocab.cost import Cost, backward, forward, forward_sizes, on_gpu
 from cdlm_jax.kernels.vocab.noise import Seeds
 
 MIB = 2**20
@@ -20,6 +20,7 @@ MODELS = {"Dream-7B": (3584, 152064), "LLaDA-8B": (4096, 126464)}
 FORBIDDEN = (7, 9)
 TEMPERATURE = 0.5  # of the op `drawn`
 KERNELS = {"tpu": ("confidence", "drawn", "KL"), "gpu": ("confidence", "drawn")}  # platform -> ops that have one
+SHARED = 227  # KiB of a Hopper's shared memory that a program can have
 TILES = (TILE, 4 * TILE)  # of the XLA path
 CORES_AND_VMEM = {
     "TPU v4": (2, 16 * MIB),
@@ -119,40 +120,44 @@ def cases(platform: str) -> list[Case]:
 
 
 def cost_model(chips: list[Chip]) -> tuple[list[str], list[list[str]]]:
-    """A table, its head and its rows: the kernels' tiles, bytes and bounds. A GPU's shared memory is its VMEM."""
-    on_gpus = {
-        f"{op}, {n} rows": partial(on_gpu, op, n) for n in (32, 1024) for op in ("confidence", "confidence, drawn")
-    }
-    on_tpus = {
-        "confidence, 32 rows": partial(forward, "confidence", 32),
-        "confidence, drawn, 32 rows": partial(forward, "confidence, drawn", 32),
-        "confidence, 1024 rows": partial(forward, "confidence", 1024),
-        "KL, 16384 rows": partial(forward, "KL", 16384),
-        "KL, d hidden": partial(backward, "KL", "hidden", 16384),
-        "KL, d head": partial(backward, "KL", "head", 16384),
-        "NLL, 16384 rows": partial(forward, "NLL", 16384),
-    }
-    head = ["vocabulary", "kernel", "chip", "R x C", "VMEM MiB", "moved / least", "FLOPs/byte", "bound"]
+    """A table, its head and its rows: the kernels' tiles, bytes and bounds, on chips of one kind."""
+    on_chip = "VMEM MiB" if chips[0].torus else "shared KiB"
+    head = ["vocabulary", "kernel", "chip", "R x C", on_chip, "moved / least", "FLOPs/byte", "bound"]
     lines = []
     for model, sizes in MODELS.items():
-        for name in on_tpus | on_gpus:
+        for name, walk in (TPU_WALKS if chips[0].torus else GPU_WALKS).items():
             for chip in chips:
-                walk = (on_tpus if chip.name in CORES_AND_VMEM else on_gpus).get(name)
-                if walk is None:
-                    continue
-                limit = CORES_AND_VMEM.get(chip.name)
-                found = walk(*sizes, *limit) if limit else walk(*sizes)
-                room = limit[1] if limit else SHARED
-                lines.append(
-                    [
-                        model,
-                        name,
-                        chip.name,
-                        f"{found.tiles.rows} x {found.tiles.columns}",
-                        f"{found.vmem / MIB:.2f} of {room / MIB:.3g}",
-                        f"{found.ratio:.3f}",
-                        f"{found.intensity:.0f}",
-                        f"{1e3 * found.seconds(chip):.3g} ms, {'FLOPs' if found.intensity > chip.ridge else 'HBM'}",
-                    ]
-                )
+                lines.append([model, name, *_line(chip, walk, sizes)])
     return head, lines
+
+
+TPU_WALKS = {
+    "confidence, 32 rows": partial(forward, "confidence", 32),
+    "confidence, drawn, 32 rows": partial(forward, "confidence, drawn", 32),
+    "confidence, 1024 rows": partial(forward, "confidence", 1024),
+    "KL, 16384 rows": partial(forward, "KL", 16384),
+    "KL, d hidden": partial(backward, "KL", "hidden", 16384),
+    "KL, d head": partial(backward, "KL", "head", 16384),
+    "NLL, 16384 rows": partial(forward, "NLL", 16384),
+}
+GPU_WALKS = {
+    f"{op}, {n} rows": partial(on_gpu, op, n) for op in ("confidence", "confidence, drawn") for n in (32, 1024)
+}
+
+
+def _line(chip: Chip, walk: Callable[..., Cost], sizes: tuple[int, int]) -> list[str]:
+    if chip.torus:
+        cores, vmem = CORES_AND_VMEM[chip.name]
+        found, room = walk(*sizes, cores, vmem), vmem / MIB
+        used = found.vmem / MIB
+    else:
+        found, room = walk(*sizes), SHARED
+        used = found.vmem / 2**10
+    return [
+        chip.name,
+        f"{found.tiles.rows} x {found.tiles.columns}",
+        f"{used:.1f} of {room:.0f}",
+        f"{found.ratio:.3f}",
+        f"{found.intensity:.0f}",
+        f"{1e3 * found.seconds(chip):.3g} ms, {'FLOPs' if found.intensity > chip.ridge else 'HBM'}",
+    ]

@@ -38,7 +38,7 @@ FAST = ("Dream, block", "LLaDA, prefill", "Dream, one row", "small pages")
 @pytest.mark.parametrize("case", [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in CASES])
 def test_block_attention_compiles(case):
     shapes, options = CASES[case]
-    with jax.set_gpu_mesh(gpu_mesh("h100")):
+    with jax.set_mesh(gpu_mesh("h100")):
         program = compiled(lambda shapes: block_attention(**shapes, **options), shapes)
     assert gpu_kernels(program.as_text()) == 1
 
@@ -46,7 +46,7 @@ def test_block_attention_compiles(case):
 @pytest.mark.parametrize("board", ["a100", "b200"])
 def test_other_boards_use_xla(board):
     shapes, _ = CASES["Dream, block"]
-    with jax.set_gpu_mesh(gpu_mesh(board)):
+    with jax.set_mesh(gpu_mesh(board)):
         with pytest.raises(InputError, match=r"needs Hopper's wgmma, which the NVIDIA \S+ has not; allowed: 'xla'"):
             jax.eval_shape(lambda shapes: block_attention(**shapes, implementation="gpu"), shapes)
         program = compiled(lambda shapes: block_attention(**shapes), shapes)
@@ -56,7 +56,7 @@ def test_other_boards_use_xla(board):
 @pytest.mark.slow
 @pytest.mark.parametrize(("model", "tensor"), [(DREAM_7B, 1), (DREAM_7B, 4), (LLADA_8B, 2)], ids=IDS)
 def test_the_decoder_compiles_with_the_kernel_inside(model, tensor):
-    with jax.set_gpu_mesh(gpu_mesh("h100", MeshConfig(fsdp=4 // tensor, tensor=tensor))):
+    with jax.set_mesh(gpu_mesh("h100", MeshConfig(fsdp=4 // tensor, tensor=tensor))):
         text = decoder(model).as_text()
     assert gpu_kernels(text) == 4  # prefill, refine, commit and refine; confidence
 
@@ -66,7 +66,7 @@ def test_the_cache_stays_where_it_is():
     """Neither is a layer cut out of the cache, nor the whole of it copied, but for its zeros at the start."""
     sizes = {"hidden_size": 512, "num_layers": 6, "num_heads": 4, "num_kv_heads": 4, "mlp_size": 512}
     ids = {"vocab_size": 1024, "mask_token_id": 5, "eos_token_id": 6, "pad_token_id": 6}
-    with jax.set_gpu_mesh(gpu_mesh("h100")):
+    with jax.set_mesh(gpu_mesh("h100")):
         text = decoder(dataclasses.replace(LLADA_8B, **sizes, **ids), merge_commit=False).as_text()
     assert gpu_kernels(text) == 3
     cache = rf"= bf16\[(?:6,{ROWS}|1,{ROWS}|{6 * ROWS}|{ROWS}),{PROMPT + LENGTH},4,128\]\S* "
