@@ -54,11 +54,12 @@ def test_other_boards_use_xla(board):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("model", "tensor"), [(DREAM_7B, 1), (DREAM_7B, 4), (LLADA_8B, 2)], ids=IDS)
-def test_the_decoder_compiles_with_the_kernel_inside(model, tensor):
+@pytest.mark.parametrize(("model", "tensor", "walks"), [(DREAM_7B, 1, 1), (DREAM_7B, 4, 1), (LLADA_8B, 2, 2)], ids=IDS)
+def test_the_decoder_compiles_with_the_kernels_inside(model, tensor, walks):
+    """walks: of the vocabulary's kernel; two where a device's columns are no multiple of those gathered at a time."""
     with jax.set_mesh(gpu_mesh("h100", MeshConfig(fsdp=4 // tensor, tensor=tensor))):
         text = decoder(model).as_text()
-    assert gpu_kernels(text) == 4  # prefill, refine, commit and refine; confidence
+    assert gpu_kernels(text) == 3 + walks  # prefill, refine, commit and refine
 
 
 @pytest.mark.slow
@@ -68,7 +69,7 @@ def test_the_cache_stays_where_it_is():
     ids = {"vocab_size": 1024, "mask_token_id": 5, "eos_token_id": 6, "pad_token_id": 6}
     with jax.set_mesh(gpu_mesh("h100")):
         text = decoder(dataclasses.replace(LLADA_8B, **sizes, **ids), merge_commit=False).as_text()
-    assert gpu_kernels(text) == 3
+    assert gpu_kernels(text) == 2 + 1
     cache = rf"= bf16\[(?:6,{ROWS}|1,{ROWS}|{6 * ROWS}|{ROWS}),{PROMPT + LENGTH},4,128\]\S* "
     assert re.search(cache + r"bitcast\(", text)
     assert not re.findall(cache + r"(?:copy|dynamic-slice)\((?!%broadcast)", text)
