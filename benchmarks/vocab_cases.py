@@ -10,7 +10,7 @@ from cases import Case, Compared, Tuning
 from jax.experimental.pallas import tpu as pltpu
 
 from cdlm_jax.chips import Chip
-from cdlm_jax.kernels.vocab import confidence, linear_kl, ops, reference, tpu
+from cdlm_jax.kernels.vocab import confidence, gpu, linear_kl, ops, reference, tpu
 from cdlm_jax.kernels.vocab.api import TILE
 from cdlm_jax.kernels.vocab.cost import Cost, backward, forward, forward_sizes, on_gpu
 from cdlm_jax.kernels.vocab.noise import Seeds
@@ -20,7 +20,6 @@ MODELS = {"Dream-7B": (3584, 152064), "LLaDA-8B": (4096, 126464)}
 FORBIDDEN = (7, 9)
 TEMPERATURE = 0.5  # of the op `drawn`
 KERNELS = {"tpu": ("confidence", "drawn", "KL"), "gpu": ("confidence", "drawn")}  # platform -> ops that have one
-SHARED = 227  # KiB of a Hopper's shared memory that a program can have
 TILES = (TILE, 4 * TILE)  # of the XLA path
 CORES_AND_VMEM = {
     "TPU v4": (2, 16 * MIB),
@@ -151,7 +150,7 @@ def _line(chip: Chip, walk: Callable[..., Cost], sizes: tuple[int, int]) -> list
         found, room = walk(*sizes, cores, vmem), vmem / MIB
         used = found.vmem / MIB
     else:
-        found, room = walk(*sizes), SHARED
+        found, room = walk(*sizes), gpu.SHARED / 2**10
         used = found.vmem / 2**10
     return [
         chip.name,

@@ -25,8 +25,8 @@ ROWS = 64  # of a warpgroup's wgmma
 DEPTH = 64  # of d that a stage holds: 128 bytes, the widest swizzle
 ALIGNED = 8  # rows that TMA lays out together, with DEPTH columns
 WIDTH = 8  # columns whose statistics are kept apart: those that lie in the same registers
-RING = 216 * 2**10  # bytes, of 227 KiB of shared memory
-
+SHARED = 227 * 2**10  # bytes of shared memory that a program can have
+RING = 216 * 2**10  # of which the ring has at most
 
 # ---- tiles ---------------------------------------------------------------------------------------------------------
 
