@@ -92,9 +92,14 @@ def mesh_sizes() -> dict[str, int]:
 
 
 def device():
-    """A device that the program is for: of the current mesh, which may be another machine's, else of this one. Only its
-    `platform` and `device_kind` mean anything."""
-    return jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+    """A device that the program is for: of the current mesh, which may be another machine's, else `jax.default_device`.
+
+    Of another machine's only `platform`, `device_kind` and `num_cores` are known.
+    """
+    if described := jax.sharding.get_abstract_mesh().abstract_device:
+        return described
+    default = jax.config.jax_default_device
+    return jax.devices(default)[0] if isinstance(default, str) else default or jax.devices()[0]
 
 
 def check_model(config: ModelConfig) -> None:

@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from cdlm_jax.config import InputError, build
+from cdlm_jax.decoding.progress import switch
 from cdlm_jax.models.hf import abstract
 from cdlm_jax.planning import hlo, report, stages, topology
 from cdlm_jax.planning.collectives import replica_groups
@@ -87,6 +88,30 @@ def test_of_a_conditional_the_heavier_branch_counts():
         return jax.lax.cond(x[0, 0] > 0, lambda x: products(x, w, 4), lambda x: x @ w, x)
 
     assert cost(compiled(either, (8, 16), (16, 16))).flops == 4 * 2 * 8 * 16 * 16
+
+
+def test_of_a_switch_the_heaviest_forward_counts_once():
+    def chosen(x, w):
+        forwards = [lambda x, carry, count=count: (products(x, w, count), carry) for count in (1, 4, 2)]
+        return switch(x[0, 0].astype(jnp.int32), forwards, x, x)
+
+    text = compiled(chosen, (8, 16), (16, 16))
+    assert cost(text, lambda loop: 11).flops == 4 * 2 * 8 * 16 * 16
+
+
+@pytest.mark.parametrize("place", ['backend_config={"cost_estimate":', "frontend_attributes={cost_estimate="])
+def test_a_kernel_costs_what_it_says(place):
+    estimate = place + '{"flops":"100","transcendentals":"7","bytes_accessed":"40"}}'
+    text = """
+HloModule kernel
+
+ENTRY main (p: f32[4,4]) -> f32[4,4] {
+  %p = f32[4,4]{1,0} parameter(0)
+  ROOT %k = f32[4,4]{1,0} custom-call(%p), custom_call_target="tpu_custom_call", ESTIMATE
+}
+"""
+    assert cost(text.replace(", ESTIMATE", ", " + estimate))[:2] == (100, 40)
+    assert cost(text.replace(", ESTIMATE", ""))[:2] == (0, 2 * 64)
 
 
 LOOP = """

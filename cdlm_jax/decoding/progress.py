@@ -131,12 +131,14 @@ def switch(index: jax.Array, forwards: Sequence[Forward], progress: Progress, ca
     """forwards[index](progress, carry), index a scalar: a `lax.switch` that leaves the cache where it is.
 
     XLA copies what the branches of a conditional change, while a loop changes what it carries in place: here every
-    forward is in a loop of its own, of one round or none.
+    forward is in a loop of its own, of which one runs, one round. The planner knows these loops by their scope's name.
     """
+    index = jnp.clip(jnp.asarray(index, jnp.int32), 0, len(forwards) - 1)
     state = jnp.zeros_like(jax.eval_shape(forwards[0], progress, carry)[0]), carry
     for i, forward in enumerate(forwards):
         once = lambda s, forward=forward: (jnp.zeros_like(s[0]), *forward(progress, s[2]))  # noqa: E731
-        _, *state = jax.lax.while_loop(lambda s: s[0], once, (index == i, *state))
+        with jax.named_scope("switch"):
+            _, *state = jax.lax.while_loop(lambda s: s[0], once, (index == i, *state))
     return tuple(state)
 
 

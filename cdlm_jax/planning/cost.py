@@ -30,6 +30,9 @@ FREE |= {"while", "conditional", "call", "optimization-barrier"}
 UPDATES = {"dynamic-update-slice": 1, "scatter": 2}
 
 
+# A loop of one round or none, of which one in a computation runs (`decoding.progress.switch`).
+_SWITCH = re.compile(r'op_name="[^"]*/switch/while"')
+
 # How often a loop runs whose length depends on data.
 Trips = Callable[[Instruction], int]
 
@@ -51,7 +54,10 @@ class Cost(NamedTuple):
 
 
 def cost(text: str, unknown_trips: Trips = lambda loop: 1) -> Cost:
-    """The cost of a compiled program's text (`compiled.as_text()`). Of a conditional, the branch of most FLOPs."""
+    """The cost of a compiled program's text (`compiled.as_text()`).
+
+    Of a conditional or a `progress.switch`, the branch of most FLOPs counts. A Pallas kernel costs what it says.
+    """
     program = parse(text)
     whole = _tally(program, program.entry, unknown_trips, fused=False)
     sent: Counter = Counter()
@@ -81,8 +87,9 @@ class _Tally:
 def _tally(program: Program, name: str, unknown_trips: Trips, *, fused: bool) -> _Tally:
     """One run of a computation; inside of a fusion nothing reaches memory."""
     computation, total = program.computations[name], _Tally()
+    alternatives: list[_Tally] = []
     for instruction in computation.instructions.values():
-        own = _Tally(product_flops(computation, instruction))
+        own = _Tally(kernel_cost(instruction).flops or product_flops(computation, instruction))
         if not fused:
             own.bytes = traffic(program, computation, instruction)
         if kind := kind_of(instruction):
@@ -94,13 +101,34 @@ def _tally(program: Program, name: str, unknown_trips: Trips, *, fused: bool) ->
         called = [_tally(program, each, unknown_trips, fused=inside) for each in called_by(instruction)]
         if instruction.opcode == "conditional":
             called = [max(called, key=lambda branch: branch.flops)]
+        if instruction.opcode == "while" and _SWITCH.search(instruction.attributes):
+            alternatives += called
+            continue
         trips = 1
         if instruction.opcode == "while":
             trips = trip_count(program, computation, instruction)
             trips = unknown_trips(instruction) if trips is None else trips
         for each in called:
             total.add(each, trips, pieces=instruction.opcode == "fusion")
+    if alternatives:
+        total.add(max(alternatives, key=lambda branch: branch.flops))
     return total
+
+
+# ---- kernels -------------------------------------------------------------------------------------------------------
+
+_ESTIMATE = re.compile(r'cost_estimate"?[:=]\{"flops":"(\d+)".*?"bytes_accessed":"(\d+)"')
+
+
+class KernelCost(NamedTuple):
+    flops: int = 0
+    bytes: int = 0
+
+
+def kernel_cost(instruction: Instruction) -> KernelCost:
+    """What a Pallas kernel says that it costs (`pl.CostEstimate`); zeros if it says nothing, or is none."""
+    found = _ESTIMATE.search(instruction.attributes) if instruction.opcode == "custom-call" else None
+    return KernelCost(*map(int, found.groups())) if found else KernelCost()
 
 
 # ---- FLOPs ---------------------------------------------------------------------------------------------------------
@@ -165,6 +193,8 @@ def traffic(program: Program, computation: Computation, instruction: Instruction
     What only a slice is read of, or only a slice is updated in place, counts as that slice.
     """
     opcode = instruction.opcode
+    if moved := kernel_cost(instruction).bytes:
+        return moved
     if opcode in FREE or opcode.endswith(("-done", "-update")):
         return 0
     if opcode == "fusion":

@@ -6,7 +6,7 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
-from aot.chips import compiled, kernels, mesh
+from aot.chips import SLICES, compiled, kernels, mesh
 
 from cdlm_jax import sharding
 from cdlm_jax.config import ModelConfig
@@ -71,7 +71,7 @@ def inside(forwards: int) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("chip", ["v5e", "v6e"])
+@pytest.mark.parametrize("chip", SLICES)
 @pytest.mark.parametrize(("model", "tensor"), [(DREAM, 2), (LLADA, 4)], ids=["Dream", "LLaDA"])
 def test_the_decoder_compiles_with_the_kernels_inside(chip, model, tensor):
     with jax.set_mesh(mesh(chip, MeshConfig(fsdp=4 // tensor, tensor=tensor))):
