@@ -1,5 +1,5 @@
 """The GPU kernel of block attention, the first of its two gates: against float64 in interpret mode, with all that no
-query sees poisoned. tests/aot/test_block_attention_gpu.py holds the second."""
+query sees poisoned. tests/aot/test_aot_block_attention_gpu.py holds the second."""
 
 import dataclasses
 import re

@@ -1,6 +1,6 @@
 """Attention of whole sequences, forward and backward, against float64; splash in interpret mode.
 
-tests/aot/test_splash_tpu.py holds the chips' compiler against it.
+tests/aot/test_aot_splash_tpu.py holds the chips' compiler against it.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""The first gate of the vocabulary's GPU kernel: values in interpret mode (tests/aot/test_vocab_gpu.py: the second).
+"""The first gate of the vocabulary's GPU kernel: values in interpret mode (the second is in tests/aot/).
 
 What a copy reads past the end of an array is nan there, and zero on the chip.
 """

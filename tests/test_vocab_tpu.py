@@ -1,4 +1,4 @@
-"""The first gate of the vocabulary's TPU kernels: values in interpret mode (tests/aot/test_vocab_tpu.py: the second).
+"""The first gate of the vocabulary's TPU kernels: values in interpret mode (the second is in tests/aot/).
 
 What a tile reads past the end of its array is nan there, and so are the rows of weight 0 here.
 """

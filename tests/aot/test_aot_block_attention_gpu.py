@@ -9,10 +9,10 @@ import re
 import jax
 import pytest
 from aot.chips import compiled, kernels, mesh
-from aot.test_block_attention_tpu import DREAM, LLADA, arguments
-from aot.test_decode_tpu import DREAM as DREAM_7B
-from aot.test_decode_tpu import LENGTH, PROMPT, ROWS, decoder
-from aot.test_decode_tpu import LLADA as LLADA_8B
+from aot.test_aot_block_attention_tpu import DREAM, LLADA, arguments
+from aot.test_aot_decode_tpu import DREAM as DREAM_7B
+from aot.test_aot_decode_tpu import LENGTH, PROMPT, ROWS, decoder
+from aot.test_aot_decode_tpu import LLADA as LLADA_8B
 
 from cdlm_jax.config import InputError
 from cdlm_jax.kernels.block_attention import block_attention
