@@ -85,6 +85,7 @@ def cache_write(
         ),
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (k_cache, v_cache)],
         input_output_aliases={5: 0, 6: 1},
+        cost_estimate=pl.CostEstimate(flops=0, transcendentals=0, bytes_accessed=2 * (k.nbytes + v.nbytes)),
         interpret=interpret,
         name="cache_write",
     )(layer.reshape(1), jnp.where(in_order & inside, slots[:, 0], -1), slots.reshape(-1), k, v, k_cache, v_cache)

@@ -305,6 +305,7 @@ def block_attention(
         ),
         out_shape=out_shape,
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
+        cost_estimate=_estimate(q, k, k.shape[2] if page_table is None else k.shape[2] * page_table.shape[1]),
         interpret=interpret,
         name="block_attention",
     )(
@@ -317,6 +318,17 @@ def block_attention(
         *scales,
     )
     return (out, lse[0].swapaxes(2, 3).reshape(rows, -1, num_heads)[:, :num_queries]) if return_lse else out
+
+
+def _estimate(q: jax.Array, k: jax.Array, slots: int) -> pl.CostEstimate:
+    """For XLA and the planner, which do not know the lengths: as if every query saw all slots of its row."""
+    scores = q.size // q.shape[3] * slots
+    keys = q.shape[0] * slots * k.shape[3] * k.shape[4]
+    return pl.CostEstimate(
+        flops=4 * scores * q.shape[3],
+        transcendentals=scores,
+        bytes_accessed=2 * (keys * k.dtype.itemsize + q.size * q.dtype.itemsize),
+    )
 
 
 def _padded(x: jax.Array, axis: int, multiple: int) -> jax.Array:
