@@ -52,13 +52,13 @@ def writes_in_place(cache: jax.Array, queries: int) -> bool:
     return cache.shape[3] // sharding.pieces(cache, 3) % 2 == 0
 
 
-def sharded_cache_write(k_cache, v_cache, k, v, *, layer, slots):
+def sharded_cache_write(k_cache, v_cache, k, v, *, layer, slots, interpret=False):
     """`cache_write` on the current mesh: every device writes its own rows and key heads."""
     if not sharding.mesh_sizes():
-        return cache_write(k_cache, v_cache, k, v, layer=layer, slots=slots)
+        return cache_write(k_cache, v_cache, k, v, layer=layer, slots=slots, interpret=interpret)
     cache, new = jax.typeof(k_cache).sharding.spec, jax.typeof(k).sharding.spec
     return jax.shard_map(
-        lambda *arrays: cache_write(*arrays[:4], layer=arrays[4], slots=arrays[5]),
+        lambda *arrays: cache_write(*arrays[:4], layer=arrays[4], slots=arrays[5], interpret=interpret),
         in_specs=(cache, cache, new, new, jax.P(), jax.P(new[0])),
         out_specs=(cache, cache),
         check_vma=False,
