@@ -38,7 +38,7 @@ def interpreted(*names: str) -> None:
 
 
 def test_values():
-    interpreted(*FAST, "bfloat16")
+    interpreted(*FAST, "bfloat16", "public")
 
 
 @pytest.mark.slow
