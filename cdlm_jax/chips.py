@@ -142,6 +142,12 @@ def find(device_kind: str) -> Chip | None:
     return next((chip for chip in CHIPS if device_kind in chip.kinds), None)
 
 
+# Streaming multiprocessors of an H100 SXM and an H200. Others that `is_hopper` takes have fewer (an H100 PCIe 114, an
+# H20 78): work cut for 132 is right there too, if not in the best number of pieces.
+HOPPER_CORES = 132
+HOPPER_SHARED = 227 * 2**10  # bytes of shared memory that a program can have; two programs have about half of it each
+
+
 def is_hopper(device_kind: str) -> bool:
     """Whether it is an NVIDIA Hopper, which alone has wgmma. The name is all that is known of a mesh's devices."""
     return re.search(r"\bG?H(20|100|200|800)\b", device_kind) is not None

@@ -7,15 +7,19 @@ python gpu_cases.py "one row" "large pages"   fails where the interpreted kernel
 import dataclasses
 import functools
 import sys
+from types import SimpleNamespace
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks  # no public names yet
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
-from test_block_attention import Case, check, make_call, worst
+from test_block_attention import LAYER, Case, check, make_call, worst
 
-from cdlm_jax.kernels.block_attention import gpu, xla
+from cdlm_jax import sharding
+from cdlm_jax.config import InputError
+from cdlm_jax.kernels.block_attention import block_attention, gpu, xla
 from cdlm_jax.kernels.block_attention.gpu_tiles import GpuTiles
 
 
@@ -85,7 +89,27 @@ def bfloat16() -> None:
     assert worst(kernel(case)(call.q, **call.poisoned)[0], call.expected) <= 2 * on_xla
 
 
+def public() -> None:
+    """The public function on a Hopper, with tiles of its own choice, limits behind the row's end, and its refusals."""
+    board = SimpleNamespace(platform="gpu", device_kind="NVIDIA H100 80GB HBM3")
+    interpreted = functools.partial(gpu.block_attention, interpret=INTERPRETED)
+    with mock.patch.object(sharding, "device", lambda: board), mock.patch.object(gpu, "block_attention", interpreted):
+        for case in (CASES["one row"], CASES["small pages"]):
+            ends = np.full((case.rows, case.queries), 70, np.int32)
+            call = make_call(case, 0, ends)
+            limited = call.poisoned | {"visible_end": jnp.full((1, case.queries), 1000), "layer": LAYER}
+            limited["kv_length"] = jnp.full(case.rows, 70)
+            run = functools.partial(block_attention, return_lse=True, implementation="gpu")
+            check(dataclasses.replace(call, poisoned=limited), run)
+        try:
+            jax.grad(lambda q: block_attention(q, **call.finite).astype(jnp.float32).sum())(call.q)
+        except InputError as error:
+            assert "'gpu' has no gradient: use training_attention" in str(error)
+        else:
+            raise AssertionError("a gradient was not refused")
+
+
 if __name__ == "__main__":
     for name in sys.argv[1:]:
-        {"races": races, "bfloat16": bfloat16}.get(name, functools.partial(values, name))()
+        {"races": races, "bfloat16": bfloat16, "public": public}.get(name, functools.partial(values, name))()
         print(name, "holds")

@@ -38,7 +38,7 @@ def interpreted(*names: str) -> None:
 
 
 def test_values():
-    interpreted(*FAST, "bfloat16")
+    interpreted(*FAST, "bfloat16", "public")
 
 
 @pytest.mark.slow
@@ -127,11 +127,11 @@ def test_tiles_fit(rows, queries, group, kv_heads, head_dim, slots):
     q = jax.ShapeDtypeStruct((rows, queries, group * kv_heads, head_dim), jnp.bfloat16)
     k = jax.ShapeDtypeStruct((rows, slots, kv_heads, head_dim), jnp.bfloat16)
     tiles = heuristic(q, k)
-    assert tiles.shared(group, head_dim) <= gpu_tiles.SHARED
+    assert tiles.shared(group, head_dim) <= chips.HOPPER_SHARED
     assert tiles.blocks(group) * gpu_tiles.WGMMA <= gpu_tiles.MOST_ROWS
     assert tiles.stages >= 2
     programs = rows * kv_heads * -(-queries // tiles.queries)
-    assert tiles.splits == 1 or programs * tiles.splits <= gpu_tiles.CORES
+    assert tiles.splits == 1 or programs * tiles.splits <= chips.HOPPER_CORES
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,7 @@ def test_hardly_a_byte_is_moved_twice(context, heads, kv_heads):
     ends = np.random.default_rng(0).integers(context - block, context + 1, rows) + block
     found = gpu_cost(q, k, np.repeat(ends[:, None], block, axis=1), heuristic(q, k))
     assert 1 <= found.ratio < 1.05
-    assert found.buffers <= gpu_tiles.SHARED
+    assert found.buffers <= chips.HOPPER_SHARED
     assert found.seconds(chips.find("NVIDIA H200")) < found.seconds(chips.find("NVIDIA H100 80GB HBM3"))
 
 

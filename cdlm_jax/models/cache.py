@@ -43,7 +43,7 @@ class KVCache:
 
     def write(self, layer: jax.Array, k: jax.Array, v: jax.Array, slots: jax.Array) -> "KVCache":
         """Put k, v [rows, Q, kv_heads, head_dim] of one layer at slots [rows, Q]; slots out of range are dropped."""
-        if writes_in_place(self.k):
+        if writes_in_place(self.k, slots.shape[1]):
             k, v = sharded_cache_write(self.k, self.v, k, v, layer=layer, slots=slots)
             return dataclasses.replace(self, k=k, v=v)
         at = jnp.stack([jnp.full_like(slots, layer), slots], axis=-1)  # [rows, Q, 2]

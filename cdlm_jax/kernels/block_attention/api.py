@@ -1,5 +1,6 @@
 """The public function: checks, the choice of an implementation, and the mesh."""
 
+from functools import partial
 from typing import Literal, get_args
 
 import jax
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 from cdlm_jax import sharding
 from cdlm_jax.config import InputError
 from cdlm_jax.kernels.block_attention import gpu, gpu_tiles, reference, tpu, xla
-from cdlm_jax.kernels.block_attention.mesh import per_device
+from cdlm_jax.kernels.block_attention.mesh import per_device, shapes_per_device
 from cdlm_jax.kernels.block_attention.tiles import choose
 from cdlm_jax.visibility import Span
 
@@ -23,7 +24,7 @@ def block_attention(
     visible_end: jax.Array,
     valid_start: jax.Array | None = None,
     own: Span | None = None,
-    layer: jax.Array | None = None,
+    layer: jax.Array | int | None = None,
     kv_length: jax.Array | None = None,
     page_table: jax.Array | None = None,
     k_scale: jax.Array | None = None,
@@ -49,8 +50,8 @@ def block_attention(
       k_scale, v_scale: float32 [rows, kv_heads, S], or paged [pages, kv_heads, page_size]: what int8 k and v are
         multiplied by.
       scale: what scores are multiplied by, positive; 1 / sqrt(D) if None.
-      implementation: "tpu", "gpu" (Pallas, no gradient) or "xla"; None is the device's kernel, if it has one that takes
-        these arguments, else "xla".
+      implementation: "tpu", "gpu" (Pallas; no gradient, which `training_attention` has) or "xla"; None is the device's
+        kernel, if it has one that takes these arguments, else "xla".
       return_lse: also return each query's log-sum-exp of scaled scores, by which results over parts of the keys merge.
 
     Returns:
@@ -60,9 +61,13 @@ def block_attention(
       must be finite.
 
     Raises:
-      InputError: shapes that do not fit, or an implementation that cannot run here, with the reason.
+      InputError: shapes that do not fit, an implementation that cannot run here, with the reason, or a gradient of a
+        kernel.
     """
-    _check(q, k, v, visible_end, layer, page_table, k_scale, v_scale, scale, implementation)
+    _check(
+        q, k, v, visible_end, layer, kv_length, valid_start, own, page_table, k_scale, v_scale, scale, implementation
+    )
+    layer = None if layer is None else jnp.asarray(layer, jnp.int32)
     if implementation is None:
         platform = sharding.device().platform
         runs = platform in KERNELS and _refusal(platform, q, k, page_table, valid_start, own) is None
@@ -93,9 +98,23 @@ def block_attention(
         if implementation == "xla":
             result = reference.block_attention(q, k, v, scale=scale, **options)
             return result if return_lse else result[0]
-        return KERNELS[implementation](q, k, v, **options, scale=scale, return_lse=return_lse)
+        kernel = partial(KERNELS[implementation], scale=scale, return_lse=return_lse)
+        return _without_gradient(kernel, implementation)(q, k, v, options)
 
     return per_device(local, q, k, v, options, return_lse)
+
+
+def _without_gradient(kernel, implementation: str):
+    """kernel(q, k, v, options), of which a gradient is refused with what to do instead."""
+    called = jax.custom_jvp(lambda q, k, v, options: kernel(q, k, v, **options))
+
+    @called.defjvp
+    def refuse(primals, tangents):
+        raise InputError(
+            f"block_attention's implementation {implementation!r} has no gradient: use training_attention, or 'xla'"
+        )
+
+    return called
 
 
 def _on_tpu(
@@ -162,11 +181,16 @@ def _refusal(implementation, q, k, page_table, valid_start, own) -> str | None:
         return f"the device is a {device.platform}"
     if valid_start is not None or own is not None:
         return "it has neither valid_start nor own"
-    page_size = None if page_table is None else k.shape[-3]
-    return tpu.refusal(q, k, page_size) if implementation == "tpu" else gpu.refusal(q, k, page_size, device.device_kind)
+    page_size, pages = (None, 0) if page_table is None else (k.shape[-3], page_table.shape[1])
+    q, k = shapes_per_device(q, k, page_table is not None)
+    if implementation == "tpu":
+        return tpu.refusal(q, k, page_size, pages)
+    return gpu.refusal(q, k, page_size, device.device_kind)
 
 
-def _check(q, k, v, visible_end, layer, page_table, k_scale, v_scale, scale, implementation):
+def _check(
+    q, k, v, visible_end, layer, kv_length, valid_start, own, page_table, k_scale, v_scale, scale, implementation
+):
     if implementation is not None and implementation not in get_args(Implementation):
         allowed = ", ".join(map(repr, get_args(Implementation)))
         raise InputError(f"unknown implementation {implementation!r} of block_attention, allowed: {allowed}")
@@ -178,8 +202,17 @@ def _check(q, k, v, visible_end, layer, page_table, k_scale, v_scale, scale, imp
         )
     if q.shape[2] % shape[2] or q.shape[3] != shape[3] or (page_table is None and q.shape[0] != shape[0]):
         raise InputError(f"q {q.shape} and k {k.shape} must agree in rows and D, with kv_heads a divisor of heads")
-    if visible_end.shape not in (q.shape[:2], (1, q.shape[1])):
-        raise InputError(f"visible_end must be [rows, Q] = {q.shape[:2]} (or one row for all), got {visible_end.shape}")
+    if 0 in k.shape:
+        raise InputError(f"k and v must hold a slot, got {k.shape}")
+    if layer is not None and jnp.ndim(layer) != 0:
+        raise InputError(f"layer must be a scalar, got {jnp.shape(layer)}")
+    bounds = {"visible_end": visible_end} | ({} if own is None else {"own's start": own.start, "own's end": own.end})
+    for name, bound in bounds.items():
+        if bound.shape not in (q.shape[:2], (1, q.shape[1])):
+            raise InputError(f"{name} must be [rows, Q] = {q.shape[:2]} (or one row for all), got {bound.shape}")
+    for name, each in (("kv_length", kv_length), ("valid_start", valid_start)):
+        if each is not None and jnp.shape(each) != q.shape[:1]:
+            raise InputError(f"{name} must be [rows] = {q.shape[:1]}, got {jnp.shape(each)}")
     if page_table is not None and (page_table.ndim != 2 or page_table.shape[0] != q.shape[0]):
         raise InputError(f"page_table must be [rows, max_pages] of {q.shape[0]} rows, got {page_table.shape}")
     scales = [each for each in (k_scale, v_scale) if each is not None]
@@ -187,7 +220,7 @@ def _check(q, k, v, visible_end, layer, page_table, k_scale, v_scale, scale, imp
     if len(scales) != (2 if k.dtype == jnp.int8 else 0) or any(each.shape != expected for each in scales):
         got = [each if each is None else each.shape for each in (k_scale, v_scale)]
         raise InputError(f"int8 k and v, and no others, need k_scale and v_scale {expected}; k is {k.dtype}, got {got}")
-    if not scales and not k.dtype == v.dtype == q.dtype:
+    if k.dtype != v.dtype or (not scales and k.dtype != q.dtype):
         raise InputError(f"k and v must have q's dtype {q.dtype} or be int8, got {k.dtype}, {v.dtype}")
     if scale is not None and scale <= 0:
         raise InputError(f"scale must be positive, got {scale}")

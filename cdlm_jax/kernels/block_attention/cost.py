@@ -8,7 +8,7 @@ import numpy as np
 
 from cdlm_jax.chips import Chip
 from cdlm_jax.kernels.block_attention.gpu_tiles import WGMMA, GpuTiles
-from cdlm_jax.kernels.block_attention.tiles import LANES, Tiles
+from cdlm_jax.kernels.block_attention.tiles import LANES, Tiles, buffers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,12 @@ def cost(
     page_size: int | None = None,
 ) -> Cost:
     """The TPU kernel's cost for q [rows, Q, H, D] and one layer's k [..., S, K, D] (or pages); visible_end [rows, Q] as
-    numbers."""
+    numbers.
+
+    An int8 call also counts the copy of the layer's scales that XLA makes in front of the kernel, of every slot whether
+    it is seen or not: read, put together (of pages: as many as the farthest-seeing row needs, the least that a table
+    has), and written.
+    """
     rows, num_queries, heads, head_dim = q.shape
     slots, kv_heads = k.shape[-3:-1]
     q_tiles = math.ceil(num_queries / tiles.queries)
@@ -59,9 +64,11 @@ def cost(
     moved = sum(key_bytes(keys_fetched(int(each), tiles, slots, page_size), width) for each in lengths)
     if scaled:
         moved += sum(2 * math.ceil(each / tiles.keys) * tiles.keys * kv_heads * 4 for each in lengths)
+        copied = math.ceil(visible_end.max() / page_size) * page_size if page_size else slots
+        moved += 2 * rows * kv_heads * 4 * (copied + math.ceil(copied / tiles.keys) * tiles.keys)
     queries_and_result = 2 * rows * num_queries * heads * q.dtype.itemsize
     moved += queries_and_result * width + math.ceil(rows / tiles.rows) * tiles.rows * q_tiles * tiles.queries * 4
-    return Cost(moved=moved, buffers=_buffers(q, k, tiles), **_needed(q, k, visible_end))
+    return Cost(moved=moved, buffers=buffers(q, k, tiles), **_needed(q, k, visible_end))
 
 
 def gpu_cost(
@@ -113,13 +120,3 @@ def keys_fetched(length: int, tiles: Tiles, slots: int, page_size: int | None = 
     end = unit if page_size else slots - length // unit * unit  # where a row's last unit ends
     chunk = min(tiles.chunk, unit, page_size or slots)
     return length // unit * unit + min(math.ceil(length % unit / chunk) * chunk, end)
-
-
-def _buffers(q, k, tiles: Tiles) -> int:
-    """Double-buffered tiles of keys and values, queries and results; the queries by head, and the softmax's state."""
-    heads, width, kv_heads = q.shape[2], max(q.shape[3], LANES), k.shape[-2]
-    keys = 2 * 2 * tiles.keys * kv_heads * (width * k.dtype.itemsize + (4 if k.dtype.itemsize == 1 else 0))
-    one_row = tiles.queries * heads * width
-    blocks = 2 * 2 * tiles.rows * one_row * q.dtype.itemsize
-    state = one_row * (q.dtype.itemsize + 4) + 2 * tiles.queries * heads * LANES * 4
-    return keys + blocks + state

@@ -14,9 +14,9 @@ from jax.experimental.mosaic.gpu.core import LoweringSemantics
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from cdlm_jax.chips import is_hopper
+from cdlm_jax.kernels.block_attention.common import HIDDEN, padded
 from cdlm_jax.kernels.block_attention.gpu_tiles import ALIGNED, MOST_ROWS, WGMMA, GpuTiles
 
-HIDDEN = -0.7 * float(jnp.finfo(jnp.float32).max)  # a score that loses against any other; finite, so that x - x is 0
 LOG2_E = math.log2(math.e)
 GRID = ("rows", "heads", "pieces")  # rows * heads would be more than CUDA's 65535; the last one varies first
 SWIZZLED = (plgpu.TilingTransform((ALIGNED, 64)), plgpu.SwizzleTransform(128))  # as wgmma reads 16-bit matrices
@@ -237,12 +237,12 @@ def block_attention(
     heads = k.shape[3]
     group, queries, keys = num_heads // heads, tiles.queries, tiles.keys
     if k.shape[2] % ALIGNED:  # a copy of the layer, which slots in a multiple of 8 avoid
-        k, v = (_padded(x[layer][None], 2, ALIGNED) for x in (k, v))
+        k, v = (padded(x[layer][None], 2, ALIGNED) for x in (k, v))
         layer = jnp.zeros_like(layer)
-    q, ends = _padded(q, 1, queries), _padded(visible_end, 1, queries)
+    q, ends = padded(q, 1, queries), padded(visible_end, 1, queries)
     pieces, padded_rows = ends.shape[1] // queries, tiles.blocks(group) * WGMMA
     by_piece = ends.reshape(rows, pieces, queries)
-    folded = _padded(jnp.tile(by_piece, (1, 1, group)), 2, padded_rows)
+    folded = padded(jnp.tile(by_piece, (1, 1, group)), 2, padded_rows)
     table = jnp.zeros(1, jnp.int32) if page_table is None else page_table.reshape(-1)
     copies = max(1, keys // k.shape[2]) if page_table is not None else 1
 
@@ -314,9 +314,3 @@ def merge(outs: jax.Array, lses: jax.Array) -> tuple[jax.Array, jax.Array]:
     total = shares.sum(axis=0)
     out = (outs * shares[..., None]).sum(axis=0) / jnp.where(total == 0, 1, total)[..., None]
     return out, highest + jnp.log(total)
-
-
-def _padded(x: jax.Array, axis: int, multiple: int) -> jax.Array:
-    """x with zeros at an axis's end, up to a multiple."""
-    missing = -x.shape[axis] % multiple
-    return jnp.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)]) if missing else x

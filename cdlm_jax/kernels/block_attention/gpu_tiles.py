@@ -5,13 +5,12 @@ import math
 
 import jax
 
+from cdlm_jax.chips import HOPPER_CORES, HOPPER_SHARED
 from cdlm_jax.kernels.block_attention import tiles as device_tiles
 
 ALIGNED = 8  # rows of a swizzled tile, which is what copies bring
 WGMMA = 64  # rows of a warpgroup's product
 MOST_ROWS = 4 * WGMMA  # of the product, in a program: two warpgroups with two blocks of 64 each
-CORES = 132  # streaming multiprocessors of an H100 and H200
-SHARED = 227 * 2**10  # bytes that a program can have; two programs have about half of it each
 OVERHEAD = 3 * 2**10  # bytes that the compiler adds: barriers, room for reductions
 LEAST_TILES = 4  # of a split, to be worth its program
 
@@ -65,7 +64,7 @@ def heuristic(
         even = math.ceil(num_queries / math.ceil(num_queries / most))
         queries = math.ceil(even / ALIGNED) * ALIGNED
     programs = rows * kv_heads * math.ceil(num_queries / queries)
-    splits = max(1, min(CORES // programs, slots * max(1, pages) // (keys * LEAST_TILES)))
+    splits = max(1, min(HOPPER_CORES // programs, slots * max(1, pages) // (keys * LEAST_TILES)))
     tiles = GpuTiles(queries=queries, keys=keys, stages=0, splits=splits)
-    room = SHARED - tiles.shared(group, head_dim)
+    room = HOPPER_SHARED - tiles.shared(group, head_dim)
     return dataclasses.replace(tiles, stages=min(stages, room // (4 * head_dim * keys)))

@@ -11,7 +11,9 @@ import jax.numpy as jnp
 
 TUNED = Path(__file__).with_name("tuning.json")  # device kind -> shape (`shape_name`) -> fields of Tiles
 SUBLANES, LANES = 16, 128  # bfloat16's second-to-last dimension, and any dtype's last one, come in multiples of these
-BLOCK = 2**20  # bytes of a tile of keys, of a program's queries, ...: several of each fit the smallest VMEM, 16 MiB
+BLOCK = 2**20  # bytes of a tile of keys, of a program's queries, ...
+VMEM = 15 * 2**20  # bytes that a program may need by `vmem`: the smallest VMEM is 16 MiB, on v4
+SCALARS = 2**17  # int32 of the scalar memory that a kernel may fill: half of every chip's 1 MiB
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,14 +45,17 @@ def shape_name(q: jax.Array, k: jax.Array) -> str:
 
 
 def heuristic(q: jax.Array, k: jax.Array, paged: bool) -> Tiles:
-    """Tiles of about `BLOCK` bytes, for shapes that nobody has tuned."""
+    """Tiles of about `BLOCK` bytes, for shapes that nobody has tuned, or smaller ones where they do not fit.
+
+    With fewer rows a program has less to do, with smaller tiles of keys a step; with fewer queries keys are fetched
+    once more: so they are halved in this order. The smallest tiles may still not fit (`vmem`).
+    """
     rows, num_queries, heads, head_dim = q.shape
     slots, kv_heads = k.shape[-3:-1]
     queries = min(_up(num_queries, SUBLANES), _power_of_two(BLOCK / (heads * head_dim * 4), SUBLANES, 256))
     width = max(head_dim, LANES)  # as it lies in memory
     keys = _power_of_two(BLOCK / (kv_heads * width * k.dtype.itemsize), LANES, 512)
-    scores = heads_at_once(kv_heads, k.dtype) * heads // kv_heads * queries * 4  # bytes for each key
-    keys = min(keys, _power_of_two(2 * BLOCK / scores, LANES, 512))
+    keys = min(keys, _power_of_two(2 * BLOCK / _scores(q, k, queries), LANES, 512))
     if not paged:
         keys = min(keys, _up(slots, LANES))
     elif keys % slots:
@@ -58,7 +63,44 @@ def heuristic(q: jax.Array, k: jax.Array, paged: bool) -> Tiles:
     spare = 2 * BLOCK - keys * kv_heads * width * k.dtype.itemsize
     fit = spare // (queries * heads * width * q.dtype.itemsize)
     # Two programs at least, since some chips have two cores.
-    return Tiles(rows=max(1, min(fit, 8, math.ceil(rows / 2))), queries=queries, keys=keys)
+    tiles = Tiles(rows=max(1, min(fit, 8, math.ceil(rows / 2))), queries=queries, keys=keys)
+    while vmem(q, k, tiles) > VMEM:
+        if tiles.rows > 1:
+            tiles = dataclasses.replace(tiles, rows=tiles.rows // 2)
+        elif tiles.keys % (2 * LANES) == 0:
+            tiles = dataclasses.replace(tiles, keys=tiles.keys // 2)
+        elif tiles.queries > SUBLANES:
+            tiles = dataclasses.replace(tiles, queries=_up(tiles.queries // 2, SUBLANES))
+        else:
+            break
+    return tiles
+
+
+def vmem(q: jax.Array, k: jax.Array, tiles: Tiles) -> int:
+    """Bytes of VMEM that a program needs at most: `buffers`, and what the compiler adds, which is fitted to its reports
+    (tests/aot): a step's scores, and a row's queries and results on their way between the two layouts."""
+    heads, kv_heads, itemsize = q.shape[2], k.shape[-2], k.dtype.itemsize
+    moving = tiles.queries * heads * max(q.shape[3], LANES) * (8 + 5 * q.dtype.itemsize)
+    if kv_heads % (4 // itemsize):  # no whole words: a tile of keys is transposed
+        moving += tiles.keys * (_up(kv_heads, 32 // itemsize) + kv_heads) * LANES * itemsize
+    return buffers(q, k, tiles) + moving + _scores(q, k, tiles.queries) * tiles.keys
+
+
+def buffers(q: jax.Array, k: jax.Array, tiles: Tiles) -> int:
+    """Bytes of what the kernel asks for: double-buffered tiles of keys and values, queries and results; the queries by
+    head, and the softmax's state."""
+    heads, width, kv_heads = q.shape[2], max(q.shape[3], LANES), k.shape[-2]
+    keys = 2 * 2 * tiles.keys * kv_heads * (width * k.dtype.itemsize + (4 if k.dtype.itemsize == 1 else 0))
+    as_in_hbm = tiles.queries * _up(heads, 32 // q.dtype.itemsize) * width  # a register's heads
+    blocks = 2 * 2 * tiles.rows * as_in_hbm * q.dtype.itemsize
+    state = tiles.queries * heads * (width * (q.dtype.itemsize + 4) + 2 * LANES * 4)
+    return keys + blocks + state
+
+
+def _scores(q: jax.Array, k: jax.Array, queries: int) -> int:
+    """Bytes for each key of a step."""
+    kv_heads = k.shape[-2]
+    return heads_at_once(kv_heads, k.dtype) * q.shape[2] // kv_heads * queries * 4
 
 
 def heads_at_once(kv_heads: int, dtype) -> int:

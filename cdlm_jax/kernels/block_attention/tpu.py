@@ -5,7 +5,6 @@ Shape letters: Q queries of a program, H query heads, K key heads, G = H / K, M 
 """
 
 import dataclasses
-import math
 from functools import partial
 
 import jax
@@ -13,20 +12,26 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from cdlm_jax.kernels.block_attention.tiles import LANES, Tiles, heads_at_once
+from cdlm_jax.kernels.block_attention.common import HIDDEN, padded
+from cdlm_jax.kernels.block_attention.tiles import LANES, SCALARS, VMEM, Tiles, heads_at_once, heuristic, vmem
 
-HIDDEN = -0.7 * float(jnp.finfo(jnp.float32).max)  # a score that loses against any other; finite, so that x - x is 0
 ALIGNED = 8  # copies from HBM bring multiples of so many rows of [S * K, D]
 
 
-def refusal(q: jax.Array, k: jax.Array, page_size: int | None) -> str | None:
-    """Why the kernel cannot take these arguments of `api.block_attention`; None if it can."""
+def refusal(q: jax.Array, k: jax.Array, page_size: int | None, pages: int = 0) -> str | None:
+    """Why the kernel cannot take one device's arguments of `api.block_attention`; None if it can. pages: of a row."""
     if q.dtype not in (jnp.bfloat16, jnp.float32):
         return f"q is {q.dtype}, not bfloat16 or float32"
     if q.shape[-1] not in (64, 128):
         return f"head_dim is {q.shape[-1]}, not 64 or 128"
     if page_size and (page_size * k.shape[-2] % ALIGNED or (LANES % page_size and page_size % LANES)):
         return f"page_size is {page_size}: it must divide {LANES} or be a multiple of it, and hold {ALIGNED} rows"
+    tiles = heuristic(q, k, page_size is not None)
+    if (needed := vmem(q, k, tiles)) > VMEM:
+        heads = f"{q.shape[2]} heads of {q.shape[3]} in {q.dtype} and {k.shape[-2]} key heads in {k.dtype}"
+        return f"{heads} take {needed / 2**20:.1f} MiB of vector memory, more than {VMEM / 2**20:.0f}"
+    if (scalars := q.shape[0] * (pl.cdiv(q.shape[1], tiles.queries) + pages)) > SCALARS:
+        return f"the page table and the rows' lengths are {scalars} numbers on a device, more than {SCALARS}"
     return None
 
 
@@ -260,16 +265,16 @@ def block_attention(
     rows, num_queries, num_heads, head_dim = q.shape
     heads, queries = k.shape[3], tiles.queries
     if k.shape[2] * heads % ALIGNED:  # a copy of the layer, which slots in a multiple of 8 avoid
-        k, v = (_padded(x[layer][None], 2, ALIGNED) for x in (k, v))
+        k, v = (padded(x[layer][None], 2, ALIGNED) for x in (k, v))
         layer = jnp.zeros_like(layer)
     walk = Walk.of(tiles, k.shape[2], 0 if page_table is None else page_table.shape[1])
 
     # Beyond its end an array's block is neither read nor written: queries need no padding, only what is known of them.
-    ends = _padded(_padded(visible_end, 0, tiles.rows), 1, queries)
+    ends = padded(padded(visible_end, 0, tiles.rows), 1, queries)
     ends = ends.reshape(ends.shape[0], -1, 1, queries)
     grid = (ends.shape[0] // tiles.rows, ends.shape[1])
     table = jnp.zeros(1, jnp.int32) if page_table is None else page_table.reshape(-1)
-    scales = [_padded(each, 2, walk.tile) for each in (k_scale, v_scale) if each is not None]
+    scales = [padded(each, 2, walk.tile) for each in (k_scale, v_scale) if each is not None]
 
     def by_program(*block):
         """Along the grid: some rows, and a piece of the second axis."""
@@ -329,9 +334,3 @@ def _estimate(q: jax.Array, k: jax.Array, slots: int) -> pl.CostEstimate:
         transcendentals=scores,
         bytes_accessed=2 * (keys * k.dtype.itemsize + q.size * q.dtype.itemsize),
     )
-
-
-def _padded(x: jax.Array, axis: int, multiple: int) -> jax.Array:
-    """x with zeros at an axis's end, up to a multiple."""
-    missing = math.ceil(x.shape[axis] / multiple) * multiple - x.shape[axis]
-    return jnp.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)])
