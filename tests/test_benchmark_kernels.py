@@ -5,6 +5,7 @@ import json
 import math
 import re
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -23,6 +24,7 @@ import kernels
 import vocab_cases
 
 from cdlm_jax.config import InputError
+from cdlm_jax.kernels.block_attention import gpu_tiles
 from cdlm_jax.kernels.block_attention import tiles as attention_tiles
 from cdlm_jax.kernels.vocab import ops, tpu
 from cdlm_jax.kernels.vocab.cost import forward_sizes
@@ -67,10 +69,10 @@ def test_the_block_step_on_ragged_paged_attention(monkeypatch):
 
 def test_the_block_step_with_searched_tiles():
     q, k, *_ = block_step()
-    found = attention_cases.candidates(q, k)
+    found = attention_cases.candidates(q, k, platform="tpu")
     assert attention_tiles.heuristic(q, k, False) in found and len(set(found)) == len(found) > 8
     with pltpu.force_tpu_interpret_mode():
-        assert is_right(*cases.Compared(attention_cases.with_tiles(found[0])), dtype="float32")
+        assert is_right(*cases.Compared(attention_cases.with_tiles(found[0], platform="tpu")), dtype="float32")
 
 
 def test_training_with_gradients():
@@ -163,11 +165,28 @@ def test_the_fastest_tiles_are_written(monkeypatch, tmp_path):
     assert json.loads(file.read_text()) == {"TPU v9": {"other": {"rows": 7}, "32x4": {"rows": 2}}}
 
 
-@pytest.mark.parametrize("file", [attention_tiles.TUNED, tpu.TUNED])
-def test_what_was_tuned_can_be_read(file):
-    kinds = {attention_tiles.TUNED: attention_tiles.Tiles, tpu.TUNED: tpu.Tiles}
-    for shapes in json.loads(file.read_text()).values():
-        assert all(kinds[file](**fields) for fields in shapes.values())
+def readable(file: Path, kinds: dict[str, Callable]) -> bool:
+    """Whether a tuning.json has what the tiles of each platform are made of."""
+    for device_kind, shapes in json.loads(file.read_text()).items():
+        platform = "tpu" if device_kind.startswith("TPU") else "gpu"
+        for fields in shapes.values():
+            try:
+                kinds[platform](**fields)
+            except (KeyError, TypeError):
+                return False
+    return True
+
+
+def test_what_was_tuned_can_be_read(tmp_path):
+    q, k, *_ = block_step()
+    of_attention = {"tpu": attention_tiles.Tiles, "gpu": partial(gpu_tiles.heuristic, q, k)}
+    assert readable(attention_tiles.TUNED, of_attention) and readable(tpu.TUNED, {"tpu": tpu.Tiles})
+    gpu_s = {"NVIDIA H200": {"x": {"queries": 32, "keys": 64, "stages": 4}}}
+    file = tmp_path / "tuning.json"
+    file.write_text(json.dumps(gpu_s))
+    assert readable(file, of_attention)
+    file.write_text(json.dumps({"TPU v9": gpu_s["NVIDIA H200"]}))
+    assert not readable(file, of_attention)
 
 
 # ---- the command ---------------------------------------------------------------------------------------------------
