@@ -142,6 +142,9 @@ def find(device_kind: str) -> Chip | None:
     return next((chip for chip in CHIPS if device_kind in chip.kinds), None)
 
 
+HOPPER_CORES = 132  # streaming multiprocessors of an H100 and an H200
+
+
 def is_hopper(device_kind: str) -> bool:
     """Whether it is an NVIDIA Hopper, which alone has wgmma. The name is all that is known of a mesh's devices."""
     return re.search(r"\bG?H(20|100|200|800)\b", device_kind) is not None

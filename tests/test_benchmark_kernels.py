@@ -27,7 +27,8 @@ from cdlm_jax.config import InputError
 from cdlm_jax.kernels.block_attention import gpu_tiles
 from cdlm_jax.kernels.block_attention import tiles as attention_tiles
 from cdlm_jax.kernels.vocab import ops, tpu
-from cdlm_jax.kernels.vocab.cost import forward_sizes
+from cdlm_jax.kernels.vocab import tiles as vocab_tiles
+from cdlm_jax.kernels.vocab.cost import sizes_of
 
 # ---- block attention -----------------------------------------------------------------------------------------------
 
@@ -105,13 +106,13 @@ def test_tuned_tiles_are_found_by_the_sizes_of_the_call(monkeypatch):
     hidden, head = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((32, 256), (256, 1024)))
     engine = tpu.Engine(interpret=True)
     jax.eval_shape(lambda *given: ops.confidence(engine, *given, vocab_cases.FORBIDDEN, 0.0, None), hidden, head)
-    assert asked == [(jax.devices()[0].device_kind, forward_sizes("confidence", 32, 256, 1024).name)]
+    assert asked == [(jax.devices()[0].device_kind, sizes_of("confidence", 32, 256, 1024)["statistics"].name)]
 
 
 def test_tuned_tiles_of_the_vocabulary_are_taken(monkeypatch):
-    sizes, best = forward_sizes("confidence", 32, 256, 1024), tpu.Tiles(rows=32, columns=256)
-    monkeypatch.setattr(tpu, "_tuned", lambda: {"TPU v9": {sizes.name: dataclasses.asdict(best)}})
-    assert tpu.tuned("TPU v9", sizes) == best and tpu.tuned("TPU v8", sizes) is None
+    sizes, best = sizes_of("confidence", 32, 256, 1024)["statistics"], vocab_tiles.Tiles(rows=32, columns=256)
+    monkeypatch.setattr(vocab_tiles, "_tuned", lambda: {"TPU v9": {sizes.name: dataclasses.asdict(best)}})
+    assert vocab_tiles.tuned("TPU v9", sizes) == best and vocab_tiles.tuned("TPU v8", sizes) is None
 
 
 # ---- values, times, tiles ------------------------------------------------------------------------------------------
@@ -180,7 +181,7 @@ def readable(file: Path, kinds: dict[str, Callable]) -> bool:
 def test_what_was_tuned_can_be_read(tmp_path):
     q, k, *_ = block_step()
     of_attention = {"tpu": attention_tiles.Tiles, "gpu": partial(gpu_tiles.heuristic, q, k)}
-    assert readable(attention_tiles.TUNED, of_attention) and readable(tpu.TUNED, {"tpu": tpu.Tiles})
+    assert readable(attention_tiles.TUNED, of_attention) and readable(vocab_tiles.TUNED, {"tpu": vocab_tiles.Tiles})
     gpu_s = {"NVIDIA H200": {"x": {"queries": 32, "keys": 64, "stages": 4}}}
     file = tmp_path / "tuning.json"
     file.write_text(json.dumps(gpu_s))
