@@ -10,7 +10,7 @@ from cases import Case, Compared, Tuning
 from jax.experimental.pallas import tpu as pltpu
 
 from cdlm_jax.chips import Chip
-from cdlm_jax.kernels.vocab import confidence, gpu, linear_kl, ops, reference, tpu
+from cdlm_jax.kernels.vocab import confidence, gpu, linear_kl, linear_nll, ops, reference, tpu
 from cdlm_jax.kernels.vocab.api import TILE
 from cdlm_jax.kernels.vocab.cost import Cost, on_gpu, on_tpu, sizes_of
 from cdlm_jax.kernels.vocab.noise import row_seeds
@@ -19,7 +19,11 @@ from cdlm_jax.kernels.vocab.tiles import MIB, TUNED, Sizes, Tiles, choose
 MODELS = {"Dream-7B": (3584, 152064), "LLaDA-8B": (4096, 126464)}
 FORBIDDEN = (7, 9)
 TEMPERATURE = 0.5  # of the op `drawn`
-KERNELS = {"tpu": ("confidence", "drawn", "KL"), "gpu": ("confidence", "drawn")}  # platform -> ops that have one
+# Platform -> op with a kernel -> rows; for those of the losses, all logits and their gradients have to have room.
+KERNELS = {
+    "tpu": {"confidence": (32, 1024), "drawn": (32,), "KL": (2048,), "NLL": (1024,)},
+    "gpu": {"confidence": (32, 1024), "drawn": (32,)},
+}
 TILES = (TILE, 4 * TILE)  # of the XLA path
 CHIPS = {  # with the cores that JAX sees as one device
     name: pltpu.get_tpu_info_for_chip(version, cores)
@@ -34,11 +38,14 @@ CHIPS = {  # with the cores that JAX sees as one device
 
 
 def arguments(op: str, n: int, d: int, vocab: int) -> tuple[jax.Array, ...]:
-    """hidden and head, of which logits are about as wide as a model's; a teacher's hidden rows and weights for KL."""
+    """hidden and head, of which logits are about as wide as a model's; a teacher's hidden rows, or targets, and weights
+    for a loss."""
     keys = jax.random.split(jax.random.key(0), 4)
     hidden, teacher = (2 * jax.random.normal(key, (n, d), jnp.bfloat16) for key in keys[:2])
     head = jax.random.normal(keys[2], (d, vocab), jnp.bfloat16) * d**-0.5
-    return (hidden, head, teacher, jax.random.uniform(keys[3], (n,))) if op == "KL" else (hidden, head)
+    weights = jax.random.uniform(keys[3], (n,))
+    more = {"KL": (teacher, weights), "NLL": (jax.random.randint(keys[1], (n,), 0, vocab), weights)}
+    return hidden, head, *more.get(op, ())
 
 
 def kl_with_gradient(kl):
@@ -50,10 +57,17 @@ def kl_with_gradient(kl):
     return both
 
 
+def with_gradients(nll):
+    """(value, gradients of the hidden rows and of the head)."""
+    return jax.value_and_grad(nll, (0, 1))
+
+
 def on(op: str, **options):
     """The public function: `implementation`, and the XLA path's `tile`."""
     if op == "KL":
         return kl_with_gradient(partial(linear_kl, **options))
+    if op == "NLL":
+        return with_gradients(partial(linear_nll, **options))
     if op == "drawn":
         return lambda *given: confidence(
             *given, forbidden=FORBIDDEN, temperature=TEMPERATURE, key=jax.random.key(1), **options
@@ -80,6 +94,8 @@ def with_logits(op: str):
     """The definitions: an array of all logits."""
     if op == "KL":
         return kl_with_gradient(reference.linear_kl)
+    if op == "NLL":
+        return with_gradients(reference.linear_nll)
 
     def call(hidden, head):
         if op == "drawn":
@@ -102,16 +118,15 @@ def case(platform: str, model: str, op: str, n: int) -> Case:
         call=on(op, implementation=platform),
         expected=with_logits(op),
         others=others | {"logits": Compared(with_logits(op))},
-        least=2 * d * (vocab + n * (3 if op == "KL" else 1)),
+        least=2 * d * (vocab * (2 if op == "NLL" else 1) + n * {"KL": 3, "NLL": 2}.get(op, 1)),
         tuning=tuning,
     )
 
 
 def cases(platform: str) -> list[Case]:
-    """Those of a platform that has a kernel. KL: as many rows as leave room for their logits."""
-    rows = {"confidence": (32, 1024), "drawn": (32,), "KL": (2048,)}
-    known = KERNELS.get(platform, ())
-    return [case(platform, model, op, n) for model in MODELS for op in known for n in rows[op]]
+    """Those of a platform that has a kernel."""
+    known = KERNELS.get(platform, {})
+    return [case(platform, model, op, n) for model in MODELS for op in known for n in known[op]]
 
 
 def cost_model(chips: list[Chip]) -> tuple[list[str], list[list[str]]]:
@@ -134,6 +149,8 @@ TPU_WALKS = {
     "KL, d hidden": partial(on_tpu, "KL", "d hidden", 16384),
     "KL, d head": partial(on_tpu, "KL", "d head", 16384),
     "NLL, 16384 rows": partial(on_tpu, "NLL", "statistics", 16384),
+    "NLL, d hidden": partial(on_tpu, "NLL", "d hidden", 16384),
+    "NLL, d head": partial(on_tpu, "NLL", "d head", 16384),
 }
 GPU_WALKS = {
     f"{op}, {n} rows": partial(on_gpu, op, n) for op in ("confidence", "confidence, drawn") for n in (32, 1024)

@@ -76,6 +76,23 @@ def test_the_block_step_with_searched_tiles():
         assert is_right(*cases.Compared(attention_cases.with_tiles(found[0], platform="tpu")), dtype="float32")
 
 
+@pytest.mark.parametrize("platform", ["tpu", "gpu"])
+def test_every_step_fits_its_cache_and_has_tiles_of_its_own(platform):
+    """What its queries see, in the order of its blocks; and no entry is written by two of them."""
+    steps = {step: step.shapes("Dream-7B") for step in attention_cases.STEPS}
+    for step, (q, k) in steps.items():
+        ends = step.ends()
+        assert ends.shape == q.shape[:2] and ends.min() > step.context - 32 and ends.max() == k.shape[2]
+        assert (np.diff(ends, axis=1) >= 0).all()
+    refined = next(step for step in steps if step.name == "commit and refine").ends()
+    assert (refined[:, 32:] == refined[:, :32] + 32).all()
+    tuned = [case.tuning.shape for case in attention_cases.cases(platform) if case.tuning]
+    assert len(set(tuned)) == len(tuned)
+    assert {shape.split("x")[0] for shape in tuned} == {"32", "64", "1024"}
+    long = next(step for step in steps if step.rows == 1)
+    assert gpu_tiles.heuristic(*steps[long]).splits > 1
+
+
 def test_training_with_gradients():
     keys = attention_cases.normal(*(jax.ShapeDtypeStruct((2, 40, heads, 64), jnp.float32) for heads in (4, 2, 2)))
     ends = jnp.full((2, 40), 33)
@@ -89,13 +106,13 @@ def test_training_with_gradients():
 # ---- the vocabulary ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("op", ["confidence", "drawn", "KL"])
+@pytest.mark.parametrize("op", ["confidence", "drawn", "KL", "NLL"])
 def test_the_vocabulary_on_xla_is_what_its_logits_say(op):
     arguments = vocab_cases.arguments(op, 12, 16, 1000)
     found = vocab_cases.on(op, implementation="xla", tile=256)(*arguments)
     expected = vocab_cases.with_logits(op)(*arguments)
     assert cases.error(found, expected) < 0.01
-    if op != "KL":
+    if op in vocab_cases.KERNELS["gpu"]:
         np.testing.assert_array_equal(found.token, expected.token)
 
 
@@ -132,7 +149,7 @@ def test_wrong_values_end_the_benchmark():
     with pytest.raises(SystemExit, match="wrong values: product, XLA, is off by 0.1 "):
         cases.check(wrong, wrong.make())
     nan = product_case(lambda a, b: jnp.nan * a @ b)
-    with pytest.raises(SystemExit, match="product, kernel, is off by nan"):
+    with pytest.raises(SystemExit, match="product, kernel, is off by inf"):
         cases.check(nan, nan.make())
 
 
@@ -164,6 +181,39 @@ def test_the_fastest_tiles_are_written(monkeypatch, tmp_path):
     assert best == Tiles(2) and times == {Tiles(1): 2.0, Tiles(2): 1.0, Tiles(3): math.inf}
     tuning.write("TPU v9", best)
     assert json.loads(file.read_text()) == {"TPU v9": {"other": {"rows": 7}, "32x4": {"rows": 2}}}
+
+
+def tuning_of(file: Path, call) -> cases.Tuning:
+    file.write_text("{}")
+    return cases.Tuning(candidates=lambda: [Tiles(1), Tiles(2)], call=call, file=file, shape="32x4")
+
+
+def test_tiles_of_wrong_values_are_not_written(monkeypatch, tmp_path):
+    """Though the heuristic's are right, and they are the fastest."""
+    times = iter([2.0, 1.0] * 2)
+    monkeypatch.setattr(cases, "seconds", lambda call, arguments: next(times))
+    file = tmp_path / "tuning.json"
+    right = dataclasses.replace(product_case(jnp.dot), tuning=tuning_of(file, lambda tiles: jnp.dot))
+    cases.tune(right, right.make(), "TPU v9")
+    assert json.loads(file.read_text()) == {"TPU v9": {"32x4": {"rows": 2}}}
+    wrong = dataclasses.replace(right, tuning=tuning_of(file, lambda tiles: lambda a, b: tiles.rows * a @ b))
+    with pytest.raises(SystemExit, match=r"wrong values: product, Tiles\(rows=2\), kernel, is off by 1 "):
+        cases.tune(wrong, wrong.make(), "TPU v9")
+    assert file.read_text() == "{}"
+
+
+def test_nothing_is_written_if_no_tiles_can_run(tmp_path, capsys):
+    def refused(tiles):
+        def call(a, b):
+            raise ValueError("no room on the chip")
+
+        return call
+
+    file = tmp_path / "tuning.json"
+    case = dataclasses.replace(product_case(jnp.dot), tuning=tuning_of(file, refused))
+    assert cases.tune(case, case.make(), "TPU v9") is case.call
+    assert file.read_text() == "{}"
+    assert "product: none of these tiles can run, nothing is written" in capsys.readouterr().out
 
 
 def readable(file: Path, kinds: dict[str, Callable]) -> bool:
@@ -199,7 +249,7 @@ def test_measuring_prints_the_kernel_and_what_it_is_compared_with(monkeypatch, c
     tuning = cases.Tuning(candidates=list, call=lambda tiles: jnp.matmul, file=file, shape="")
     case = dataclasses.replace(product_case(jnp.dot), others=others, tuning=tuning)
     monkeypatch.setattr(kernels, "cases", lambda platform: [case])
-    kernels.measure("cpu", tune=False)
+    kernels.measure("cpu", search=False)
     assert re.search(r"^product: [\d.]+ \(\d+ GB/s of what has to move\); XLA [\d.]+$", capsys.readouterr().out, re.M)
 
 
@@ -213,7 +263,7 @@ def test_without_a_chip_it_says_so_and_what_the_compilers_would_need(monkeypatch
     out = capsys.readouterr().out
     assert out.startswith("No chip with a kernel here, only cpu: nothing is measured.")
     assert re.findall(r"not compiled for (\S+): compiling for a TPU needs", out) == ["v5e:2x2", "v6e:2x2"]
-    assert re.search(r"^Dream-7B +1024 +1\.012 ", out, re.M) and "confidence, 32 rows" in out
+    assert re.search(r"^Dream-7B +block +1024 +1\.012 ", out, re.M) and "confidence, 32 rows" in out
 
 
 @pytest.mark.parametrize(
