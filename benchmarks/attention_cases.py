@@ -1,6 +1,7 @@
-"""Block attention: the cached block step, and whole sequences with gradients, against JAX's library kernels."""
+"""Block attention: the calls of a cached decoder, and whole sequences with gradients, against JAX's library kernels."""
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,25 +33,46 @@ from cdlm_jax.kernels.block_attention.gpu_tiles import GpuTiles
 from cdlm_jax.kernels.block_attention.tiles import TUNED, Tiles, shape_name
 from cdlm_jax.visibility import visible_end
 
-ROWS, BLOCK, PAGE, HEAD_DIM = 32, 32, 128, 128
+BLOCK, PAGE, HEAD_DIM = 32, 128, 128
 PAGES_AT_ONCE = 4
 KERNELS = {"tpu": tpu.block_attention, "gpu": gpu.block_attention}
 MODELS = {"Dream-7B": (28, 4), "LLaDA-8B": (32, 32)}  # heads, key heads
-CONTEXTS = (1024, 4096, 32768)  # of which all but the last are measured
 TRAINED = {"rows": 4, "prompt": 512, "response": 256}
 
 
-def shapes(model: str, context: int, rows: int = ROWS) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
-    """q [rows, BLOCK, heads, D] and one layer's keys [1, rows, slots, kv_heads, D]."""
-    heads, kv_heads = MODELS[model]
-    q = jax.ShapeDtypeStruct((rows, BLOCK, heads, HEAD_DIM), jnp.bfloat16)
-    return q, jax.ShapeDtypeStruct((1, rows, context + BLOCK, kv_heads, HEAD_DIM), jnp.bfloat16)
+class Step(NamedTuple):
+    """A call of the decoder: blocks behind a context, or as many queries as the context has, which is its prefill.
+    tuned: whether its tiles are searched. One step of each number of queries, since entries are found by that."""
+
+    name: str
+    context: int
+    rows: int = 32
+    queries: int = BLOCK
+    tuned: bool = False
+
+    def shapes(self, model: str) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+        """q [rows, queries, heads, D] and one layer's keys [1, rows, slots, kv_heads, D]."""
+        heads, kv_heads = MODELS[model]
+        slots = self.context if self.queries == self.context else self.context + self.queries
+        q = jax.ShapeDtypeStruct((self.rows, self.queries, heads, HEAD_DIM), jnp.bfloat16)
+        return q, jax.ShapeDtypeStruct((1, self.rows, slots, kv_heads, HEAD_DIM), jnp.bfloat16)
+
+    def ends(self) -> np.ndarray:
+        """What each query sees: a context that differs a little from row to row, and behind it the blocks up to its
+        own."""
+        contexts = self.context - np.arange(self.rows)[:, None] % BLOCK
+        blocks = np.arange(self.queries) // BLOCK + 1
+        return (contexts + BLOCK * (self.queries != self.context) * blocks).astype(np.int32)
 
 
-def ends_of(context: int, rows: int = ROWS) -> np.ndarray:
-    """What the queries of a block see: a context that differs a little from row to row, and the block itself."""
-    ends = context - np.arange(rows) % BLOCK + BLOCK
-    return np.repeat(ends[:, None], BLOCK, axis=1).astype(np.int32)
+STEPS = (
+    Step("block", 1024),
+    Step("block", 4096, tuned=True),
+    Step("block, one row", 32768, rows=1),  # which a GPU splits and merges
+    Step("commit and refine", 4096, queries=2 * BLOCK, tuned=True),
+    Step("prefill", 1024, rows=4, queries=1024, tuned=True),
+)
+LONG = Step("block", 32768)  # of the cost model alone: the keys of LLaDA are 17 GB
 
 
 def normal(*found: jax.ShapeDtypeStruct) -> list[jax.Array]:
@@ -58,7 +80,7 @@ def normal(*found: jax.ShapeDtypeStruct) -> list[jax.Array]:
     return [jax.random.normal(key, x.shape, x.dtype) for key, x in zip(keys, found, strict=True)]
 
 
-# ---- the cached block step: q [rows, Q, H, D], k and v [1, rows, S, K, D], ends [rows, Q] ---------------------------
+# ---- the cached steps: q [rows, Q, H, D], k and v [1, rows, S, K, D], ends [rows, Q] ---------------------------
 
 
 def on_kernel(q, k, v, ends, *, implementation):
@@ -194,31 +216,33 @@ def candidates(q, k, *, platform: str) -> list[Tiles] | list[GpuTiles]:
     ]
 
 
-def cost_of(platform: str, model: str, context: int, rows: int = ROWS) -> Cost:
+def cost_of(platform: str, model: str, step: Step) -> Cost:
     """With the heuristic's tiles."""
-    q, k = shapes(model, context, rows)
-    ends = ends_of(context, rows)
+    q, k = step.shapes(model)
     if platform == "gpu":
-        return gpu_cost(q, k, ends, gpu_tiles.heuristic(q, k))
-    return cost(q, k, ends, tiles.heuristic(q, k, False))
+        return gpu_cost(q, k, step.ends(), gpu_tiles.heuristic(q, k))
+    return cost(q, k, step.ends(), tiles.heuristic(q, k, False))
 
 
-def step_case(platform: str, model: str, context: int, rows: int = ROWS) -> Case:
-    q, k = shapes(model, context, rows)
+def step_case(platform: str, model: str, step: Step) -> Case:
+    q, k = step.shapes(model)
+    tuning = Tuning(
+        candidates=partial(candidates, q, k, platform=platform),
+        call=partial(with_tiles, platform=platform),
+        file=TUNED,
+        shape=shape_name(q, k),
+        fields=("queries", "keys", "stages") if platform == "gpu" else (),  # splits depend on the number of rows
+    )
+    # The libraries' kernels have one length for each row; those for TPU have few queries.
+    others = LIBRARIES[platform] if step.queries == BLOCK else {"XLA": LIBRARIES[platform]["XLA"]}
     return Case(
-        name=f"{model}, block, context {context}",
-        make=lambda: (*normal(q, k, k), jnp.asarray(ends_of(context, rows))),
+        name=f"{model}, {step.name}, context {step.context}",
+        make=lambda: (*normal(q, k, k), jnp.asarray(step.ends())),
         call=partial(on_kernel, implementation=platform),
         expected=right,
-        others=LIBRARIES[platform],
-        least=cost_of(platform, model, context, rows).least,
-        tuning=Tuning(
-            candidates=partial(candidates, q, k, platform=platform),
-            call=partial(with_tiles, platform=platform),
-            file=TUNED,
-            shape=shape_name(q, k),
-            fields=("queries", "keys", "stages") if platform == "gpu" else (),  # splits depend on the number of rows
-        ),
+        others=others,
+        least=cost_of(platform, model, step).least,
+        tuning=tuning if step.tuned else None,
     )
 
 
@@ -257,18 +281,28 @@ def cases(platform: str) -> list[Case]:
     """Those of a platform that has a kernel."""
     if platform not in KERNELS:
         return []
-    steps = [step_case(platform, model, context) for model in MODELS for context in CONTEXTS[:-1]]
+    steps = [step_case(platform, model, step) for model in MODELS for step in STEPS]
     return steps + ([training_case(model) for model in MODELS] if platform == "tpu" else [])
 
 
 def cost_model(chips: list[Chip]) -> tuple[list[str], list[list[str]]]:
-    """A table, its head and its rows: a kernel's bytes and bounds for a block step, on chips of one kind."""
+    """A table, its head and its rows: a kernel's bytes and bounds for each step, on chips of one kind."""
     platform, on_chip, unit = ("tpu", "VMEM MiB", 2**20) if chips[0].torus else ("gpu", "shared KiB", 2**10)
-    head = ["block step", "context", "moved / least", "FLOPs/byte", on_chip, *(f"{chip.name}, us" for chip in chips)]
+    head = [
+        "attention",
+        "step",
+        "context",
+        "moved / least",
+        "FLOPs/byte",
+        on_chip,
+        *(f"{chip.name}, us" for chip in chips),
+    ]
     lines = []
     for model in MODELS:
-        for context in CONTEXTS:
-            found = cost_of(platform, model, context)
+        for step in (*STEPS, LONG):
+            found = cost_of(platform, model, step)
             figures = [f"{found.ratio:.3f}", f"{found.intensity:.1f}", f"{found.buffers / unit:.1f}"]
-            lines.append([model, str(context), *figures, *(f"{1e6 * found.seconds(chip):.0f}" for chip in chips)])
+            lines.append(
+                [model, step.name, str(step.context), *figures, *(f"{1e6 * found.seconds(chip):.0f}" for chip in chips)]
+            )
     return head, lines

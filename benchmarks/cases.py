@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 CALLS = 50  # in a timed program
 TIMES = 5  # of which the shortest counts
@@ -64,12 +63,17 @@ class Case:
 
 def error(found, expected) -> float:
     """The largest difference of any array of floating-point numbers, against the largest value that is expected."""
-    worst = [0.0]
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        if jnp.issubdtype(b.dtype, jnp.floating):
-            a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-            worst.append(np.abs(a - b).max() / max(np.abs(b).max(), 1e-30))
-    return float(np.max(worst))  # nan if any is
+    pairs = zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)
+    worst = [_difference(a, b) for a, b in pairs if jnp.issubdtype(b.dtype, jnp.floating)]
+    return max([0.0, *map(float, worst)])
+
+
+@jax.jit  # so that no wider copy of a large array is made
+def _difference(a, b):
+    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+    difference = jnp.abs(a - b)
+    difference = jnp.where(jnp.isnan(difference), jnp.inf, difference)  # a maximum on CPU leaves out nan
+    return difference.max() / jnp.maximum(jnp.abs(b).max(), 1e-30)
 
 
 def check(case: Case, arguments: tuple) -> None:
@@ -116,3 +120,20 @@ def search(tuning: Tuning, arguments: tuple) -> tuple[Any, dict[Any, float]]:
             print(f"  {each}: {str(refused).splitlines()[0][:80]}")
             times[each] = math.inf
     return min(times, key=times.get), times
+
+
+def tune(case: Case, arguments: tuple, device_kind: str) -> Callable:
+    """The call with the fastest tiles, which it writes; as it was, and nothing written, if none of them run.
+
+    SystemExit, and nothing written, where their values are wrong.
+    """
+    best, times = search(case.tuning, arguments)
+    for tiles, taken in sorted(times.items(), key=lambda item: item[1]):
+        print(f"  {1e6 * taken:9.1f}  {tiles}")
+    if not math.isfinite(times[best]):
+        print(f"  {case.name}: none of these tiles can run, nothing is written")
+        return case.call
+    call = case.tuning.call(best)
+    check(dataclasses.replace(case, name=f"{case.name}, {best}", call=call, others={}), arguments)
+    case.tuning.write(device_kind, best)
+    return call

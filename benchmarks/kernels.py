@@ -5,9 +5,11 @@
     python benchmarks/kernels.py --profile=DIR    also one call of each kernel as an XProf trace, by name
     python benchmarks/kernels.py --chips=v5e,v6e  compile for these only
 
-Values are checked first, against plain JAX. A time is of the device alone: many calls chained inside one program, less
-what the same loop takes without them. Block attention is compared with XLA and JAX's paged, ragged paged and splash
-attention (on a GPU with cuDNN), the vocabulary with the plain XLA path and with all logits in memory.
+Values are checked first, against plain JAX, and those of searched tiles before they are written. A time is of the
+device alone: many calls chained inside one program, less what the same loop takes without them. Block attention is
+compared with XLA and, where they take such a call, JAX's paged, ragged paged and splash attention (on a GPU cuDNN),
+the vocabulary with the plain XLA path and with all logits in memory. (Writing into the cache is not timed: chained, it
+would copy the cache that a decoder updates in place.)
 
 A kernel of another kind of device: its platform in `KERNELS` of attention_cases.py and vocab_cases.py (what it is
 compared with is in `LIBRARIES`), a machine in `MACHINES` here.
@@ -20,7 +22,7 @@ from pathlib import Path
 import attention_cases
 import jax
 import vocab_cases
-from cases import Case, check, search, seconds
+from cases import Case, check, seconds, tune
 
 from cdlm_jax import chips, sharding
 from cdlm_jax.config import InputError
@@ -29,7 +31,7 @@ from cdlm_jax.sharding import MeshConfig
 
 MODULES = (attention_cases, vocab_cases)
 MACHINES = {
-    "tpu": {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"},
+    "tpu": {name: f"{name}:{shape}" for name, shape in topology.SMALLEST.items()},
     "gpu": {"h100": "h100:1"},
 }
 GPUS = ("H100", "H200")  # of `chips.CHIPS`, those with a kernel
@@ -93,10 +95,12 @@ def compiled(call, shapes) -> list[str]:
         program = jax.jit(call).lower(*shapes).compile()
     except (InputError, jax.errors.JaxRuntimeError) as error:
         return ["", "", str(error).splitlines()[0][:60]]
-    sizes = on_chip(program.as_text())
+    text = program.as_text()
+    sizes = on_chip(text)
     used = f"{max(sizes) / MIB:.1f}" if sizes else ""
     temporaries = f"{program.memory_analysis().temp_size_in_bytes / MIB:.0f}"
-    return [used, temporaries, str(len(sizes))]
+    kernels = re.findall(r'custom_call_target="(?:tpu_custom_call|mosaic_gpu)', text)
+    return [used, temporaries, str(len(kernels))]
 
 
 def on_chip(text: str) -> list[int]:
@@ -110,19 +114,15 @@ def on_chip(text: str) -> list[int]:
 # ---- a chip --------------------------------------------------------------------------------------------------------
 
 
-def measure(platform: str, tune: bool) -> None:
+def measure(platform: str, search: bool) -> None:
     kind = jax.devices()[0].device_kind
     print(f"\nMeasured on one {kind}, us a call")
     for case in cases(platform):
         arguments = case.make()
         check(case, arguments)
         call = case.call
-        if tune and case.tuning:
-            best, times = search(case.tuning, arguments)
-            for tiles, taken in sorted(times.items(), key=lambda item: item[1]):
-                print(f"  {1e6 * taken:9.1f}  {tiles}")
-            case.tuning.write(kind, best)
-            call = case.tuning.call(best)
+        if search and case.tuning:
+            call = tune(case, arguments, kind)
         ours = seconds(call, arguments)
         others = {name: seconds(other.call, other.prepare(*arguments)) for name, other in case.others.items()}
         compared = ", ".join(f"{name} {1e6 * taken:.1f}" for name, taken in others.items())

@@ -10,32 +10,42 @@ from cases import Case, Compared, Tuning
 from jax.experimental.pallas import tpu as pltpu
 
 from cdlm_jax.chips import Chip
-from cdlm_jax.kernels.vocab import confidence, gpu, linear_kl, ops, reference, tpu
+from cdlm_jax.kernels.vocab import confidence, gpu, linear_kl, linear_nll, ops, reference, tpu
 from cdlm_jax.kernels.vocab.api import TILE
-from cdlm_jax.kernels.vocab.cost import Cost, backward, forward, forward_sizes, on_gpu
-from cdlm_jax.kernels.vocab.noise import Seeds
+from cdlm_jax.kernels.vocab.cost import Cost, on_gpu, on_tpu, sizes_of
+from cdlm_jax.kernels.vocab.noise import row_seeds
+from cdlm_jax.kernels.vocab.tiles import MIB, TUNED, Sizes, Tiles, choose
 
-MIB = 2**20
 MODELS = {"Dream-7B": (3584, 152064), "LLaDA-8B": (4096, 126464)}
 FORBIDDEN = (7, 9)
 TEMPERATURE = 0.5  # of the op `drawn`
-KERNELS = {"tpu": ("confidence", "drawn", "KL"), "gpu": ("confidence", "drawn")}  # platform -> ops that have one
+# Platform -> op with a kernel -> rows; for those of the losses, all logits and their gradients have to have room.
+KERNELS = {
+    "tpu": {"confidence": (32, 1024), "drawn": (32,), "KL": (2048,), "NLL": (1024,)},
+    "gpu": {"confidence": (32, 1024), "drawn": (32,)},
+}
 TILES = (TILE, 4 * TILE)  # of the XLA path
-CORES_AND_VMEM = {
-    "TPU v4": (2, 16 * MIB),
-    "TPU v5e": (1, 128 * MIB),
-    "TPU v5p": (2, 64 * MIB),
-    "TPU v6e": (1, 128 * MIB),
-    "TPU7x": (1, 64 * MIB),
+CHIPS = {  # with the cores that JAX sees as one device
+    name: pltpu.get_tpu_info_for_chip(version, cores)
+    for name, version, cores in (
+        ("TPU v4", pltpu.ChipVersion.TPU_V4, 2),
+        ("TPU v5e", pltpu.ChipVersion.TPU_V5E, 1),
+        ("TPU v5p", pltpu.ChipVersion.TPU_V5P, 2),
+        ("TPU v6e", pltpu.ChipVersion.TPU_V6E, 1),
+        ("TPU7x", pltpu.ChipVersion.TPU_7X, 1),
+    )
 }
 
 
 def arguments(op: str, n: int, d: int, vocab: int) -> tuple[jax.Array, ...]:
-    """hidden and head, of which logits are about as wide as a model's; a teacher's hidden rows and weights for KL."""
+    """hidden and head, of which logits are about as wide as a model's; a teacher's hidden rows, or targets, and weights
+    for a loss."""
     keys = jax.random.split(jax.random.key(0), 4)
     hidden, teacher = (2 * jax.random.normal(key, (n, d), jnp.bfloat16) for key in keys[:2])
     head = jax.random.normal(keys[2], (d, vocab), jnp.bfloat16) * d**-0.5
-    return (hidden, head, teacher, jax.random.uniform(keys[3], (n,))) if op == "KL" else (hidden, head)
+    weights = jax.random.uniform(keys[3], (n,))
+    more = {"KL": (teacher, weights), "NLL": (jax.random.randint(keys[1], (n,), 0, vocab), weights)}
+    return hidden, head, *more.get(op, ())
 
 
 def kl_with_gradient(kl):
@@ -47,10 +57,17 @@ def kl_with_gradient(kl):
     return both
 
 
+def with_gradients(nll):
+    """(value, gradients of the hidden rows and of the head)."""
+    return jax.value_and_grad(nll, (0, 1))
+
+
 def on(op: str, **options):
     """The public function: `implementation`, and the XLA path's `tile`."""
     if op == "KL":
         return kl_with_gradient(partial(linear_kl, **options))
+    if op == "NLL":
+        return with_gradients(partial(linear_nll, **options))
     if op == "drawn":
         return lambda *given: confidence(
             *given, forbidden=FORBIDDEN, temperature=TEMPERATURE, key=jax.random.key(1), **options
@@ -58,36 +75,31 @@ def on(op: str, **options):
     return partial(confidence, forbidden=FORBIDDEN, **options)
 
 
-def with_tiles(tiles: tpu.Tiles):
+def with_tiles(tiles: Tiles):
     """`confidence` at temperature 0 on the TPU's kernel."""
     engine = tpu.Engine(tiles=tiles)
     return lambda hidden, head: ops.confidence(engine, hidden, head, FORBIDDEN, 0.0, None)
 
 
-def candidates(sizes: tpu.Sizes) -> list[tpu.Tiles]:
+def candidates(sizes: Sizes) -> list[Tiles]:
     """Those that fit this TPU: the chosen ones, and other numbers of columns."""
-    cores, vmem = (info := pltpu.get_tpu_info()).num_cores, info.vmem_capacity_bytes
-    first = tpu.choose(sizes, False, cores, vmem)
+    cores, vmem = tpu.cores_and_vmem()
+    first = choose(sizes, False, cores, vmem)
     columns = [c for c in (128, 256, 512, 1024, 2048, 4096) if sizes.vmem(first.rows, c) <= vmem]
     splits = sorted({1, first.splits})
     return [dataclasses.replace(first, columns=c, splits=each) for c in columns for each in splits]
-
-
-def drawn_seeds(n: int) -> Seeds:
-    """Those that `confidence` makes of the key in `on`."""
-    words = jax.random.key_data(jax.random.key(1))
-    zeros = jnp.zeros(n, jnp.uint32)
-    return Seeds(zeros + words[0], zeros + words[1], jnp.arange(n, dtype=jnp.uint32))
 
 
 def with_logits(op: str):
     """The definitions: an array of all logits."""
     if op == "KL":
         return kl_with_gradient(reference.linear_kl)
+    if op == "NLL":
+        return with_gradients(reference.linear_nll)
 
     def call(hidden, head):
         if op == "drawn":
-            return reference.confidence(hidden, head, FORBIDDEN, TEMPERATURE, drawn_seeds(hidden.shape[0]))
+            return reference.confidence(hidden, head, FORBIDDEN, TEMPERATURE, row_seeds(jax.random.key(1), hidden))
         return reference.confidence(hidden, head, FORBIDDEN)
 
     return call
@@ -98,24 +110,23 @@ def case(platform: str, model: str, op: str, n: int) -> Case:
     others = {f"XLA, tile {tile}": Compared(on(op, implementation="xla", tile=tile)) for tile in TILES}
     tuning = None
     if platform == "tpu" and op == "confidence":
-        sizes = forward_sizes("confidence", n, d, vocab)
-        tuning = Tuning(candidates=partial(candidates, sizes), call=with_tiles, file=tpu.TUNED, shape=sizes.name)
+        sizes = sizes_of("confidence", n, d, vocab)["statistics"]
+        tuning = Tuning(candidates=partial(candidates, sizes), call=with_tiles, file=TUNED, shape=sizes.name)
     return Case(
         name=f"{model}, {op}, {n} rows",
         make=partial(arguments, op, n, d, vocab),
         call=on(op, implementation=platform),
         expected=with_logits(op),
         others=others | {"logits": Compared(with_logits(op))},
-        least=2 * d * (vocab + n * (3 if op == "KL" else 1)),
+        least=2 * d * (vocab * (2 if op == "NLL" else 1) + n * {"KL": 3, "NLL": 2}.get(op, 1)),
         tuning=tuning,
     )
 
 
 def cases(platform: str) -> list[Case]:
-    """Those of a platform that has a kernel. KL: as many rows as leave room for their logits."""
-    rows = {"confidence": (32, 1024), "drawn": (32,), "KL": (2048,)}
-    known = KERNELS.get(platform, ())
-    return [case(platform, model, op, n) for model in MODELS for op in known for n in rows[op]]
+    """Those of a platform that has a kernel."""
+    known = KERNELS.get(platform, {})
+    return [case(platform, model, op, n) for model in MODELS for op in known for n in known[op]]
 
 
 def cost_model(chips: list[Chip]) -> tuple[list[str], list[list[str]]]:
@@ -131,13 +142,15 @@ def cost_model(chips: list[Chip]) -> tuple[list[str], list[list[str]]]:
 
 
 TPU_WALKS = {
-    "confidence, 32 rows": partial(forward, "confidence", 32),
-    "confidence, drawn, 32 rows": partial(forward, "confidence, drawn", 32),
-    "confidence, 1024 rows": partial(forward, "confidence", 1024),
-    "KL, 16384 rows": partial(forward, "KL", 16384),
-    "KL, d hidden": partial(backward, "KL", "hidden", 16384),
-    "KL, d head": partial(backward, "KL", "head", 16384),
-    "NLL, 16384 rows": partial(forward, "NLL", 16384),
+    "confidence, 32 rows": partial(on_tpu, "confidence", "statistics", 32),
+    "confidence, drawn, 32 rows": partial(on_tpu, "confidence, drawn", "statistics", 32),
+    "confidence, 1024 rows": partial(on_tpu, "confidence", "statistics", 1024),
+    "KL, 16384 rows": partial(on_tpu, "KL", "statistics", 16384),
+    "KL, d hidden": partial(on_tpu, "KL", "d hidden", 16384),
+    "KL, d head": partial(on_tpu, "KL", "d head", 16384),
+    "NLL, 16384 rows": partial(on_tpu, "NLL", "statistics", 16384),
+    "NLL, d hidden": partial(on_tpu, "NLL", "d hidden", 16384),
+    "NLL, d head": partial(on_tpu, "NLL", "d head", 16384),
 }
 GPU_WALKS = {
     f"{op}, {n} rows": partial(on_gpu, op, n) for op in ("confidence", "confidence, drawn") for n in (32, 1024)
@@ -146,12 +159,13 @@ GPU_WALKS = {
 
 def _line(chip: Chip, walk: Callable[..., Cost], sizes: tuple[int, int]) -> list[str]:
     if chip.torus:
-        cores, vmem = CORES_AND_VMEM[chip.name]
-        found, room = walk(*sizes, cores, vmem), vmem / MIB
-        used = found.vmem / MIB
+        info = CHIPS[chip.name]
+        vmem = info.vmem_capacity_bytes
+        found, room = walk(*sizes, info.num_cores, vmem), vmem / MIB
+        used = found.on_chip / MIB
     else:
         found, room = walk(*sizes), gpu.SHARED / 2**10
-        used = found.vmem / 2**10
+        used = found.on_chip / 2**10
     return [
         chip.name,
         f"{found.tiles.rows} x {found.tiles.columns}",

@@ -5,6 +5,7 @@ import json
 import math
 import re
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -23,9 +24,11 @@ import kernels
 import vocab_cases
 
 from cdlm_jax.config import InputError
+from cdlm_jax.kernels.block_attention import gpu_tiles
 from cdlm_jax.kernels.block_attention import tiles as attention_tiles
 from cdlm_jax.kernels.vocab import ops, tpu
-from cdlm_jax.kernels.vocab.cost import forward_sizes
+from cdlm_jax.kernels.vocab import tiles as vocab_tiles
+from cdlm_jax.kernels.vocab.cost import sizes_of
 
 # ---- block attention -----------------------------------------------------------------------------------------------
 
@@ -67,10 +70,27 @@ def test_the_block_step_on_ragged_paged_attention(monkeypatch):
 
 def test_the_block_step_with_searched_tiles():
     q, k, *_ = block_step()
-    found = attention_cases.candidates(q, k)
+    found = attention_cases.candidates(q, k, platform="tpu")
     assert attention_tiles.heuristic(q, k, False) in found and len(set(found)) == len(found) > 8
     with pltpu.force_tpu_interpret_mode():
-        assert is_right(*cases.Compared(attention_cases.with_tiles(found[0])), dtype="float32")
+        assert is_right(*cases.Compared(attention_cases.with_tiles(found[0], platform="tpu")), dtype="float32")
+
+
+@pytest.mark.parametrize("platform", ["tpu", "gpu"])
+def test_every_step_fits_its_cache_and_has_tiles_of_its_own(platform):
+    """What its queries see, in the order of its blocks; and no entry is written by two of them."""
+    steps = {step: step.shapes("Dream-7B") for step in attention_cases.STEPS}
+    for step, (q, k) in steps.items():
+        ends = step.ends()
+        assert ends.shape == q.shape[:2] and ends.min() > step.context - 32 and ends.max() == k.shape[2]
+        assert (np.diff(ends, axis=1) >= 0).all()
+    refined = next(step for step in steps if step.name == "commit and refine").ends()
+    assert (refined[:, 32:] == refined[:, :32] + 32).all()
+    tuned = [case.tuning.shape for case in attention_cases.cases(platform) if case.tuning]
+    assert len(set(tuned)) == len(tuned)
+    assert {shape.split("x")[0] for shape in tuned} == {"32", "64", "1024"}
+    long = next(step for step in steps if step.rows == 1)
+    assert gpu_tiles.heuristic(*steps[long]).splits > 1
 
 
 def test_training_with_gradients():
@@ -86,13 +106,13 @@ def test_training_with_gradients():
 # ---- the vocabulary ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("op", ["confidence", "drawn", "KL"])
+@pytest.mark.parametrize("op", ["confidence", "drawn", "KL", "NLL"])
 def test_the_vocabulary_on_xla_is_what_its_logits_say(op):
     arguments = vocab_cases.arguments(op, 12, 16, 1000)
     found = vocab_cases.on(op, implementation="xla", tile=256)(*arguments)
     expected = vocab_cases.with_logits(op)(*arguments)
     assert cases.error(found, expected) < 0.01
-    if op != "KL":
+    if op in vocab_cases.KERNELS["gpu"]:
         np.testing.assert_array_equal(found.token, expected.token)
 
 
@@ -103,13 +123,13 @@ def test_tuned_tiles_are_found_by_the_sizes_of_the_call(monkeypatch):
     hidden, head = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((32, 256), (256, 1024)))
     engine = tpu.Engine(interpret=True)
     jax.eval_shape(lambda *given: ops.confidence(engine, *given, vocab_cases.FORBIDDEN, 0.0, None), hidden, head)
-    assert asked == [(jax.devices()[0].device_kind, forward_sizes("confidence", 32, 256, 1024).name)]
+    assert asked == [(jax.devices()[0].device_kind, sizes_of("confidence", 32, 256, 1024)["statistics"].name)]
 
 
 def test_tuned_tiles_of_the_vocabulary_are_taken(monkeypatch):
-    sizes, best = forward_sizes("confidence", 32, 256, 1024), tpu.Tiles(rows=32, columns=256)
-    monkeypatch.setattr(tpu, "_tuned", lambda: {"TPU v9": {sizes.name: dataclasses.asdict(best)}})
-    assert tpu.tuned("TPU v9", sizes) == best and tpu.tuned("TPU v8", sizes) is None
+    sizes, best = sizes_of("confidence", 32, 256, 1024)["statistics"], vocab_tiles.Tiles(rows=32, columns=256)
+    monkeypatch.setattr(vocab_tiles, "_tuned", lambda: {"TPU v9": {sizes.name: dataclasses.asdict(best)}})
+    assert vocab_tiles.tuned("TPU v9", sizes) == best and vocab_tiles.tuned("TPU v8", sizes) is None
 
 
 # ---- values, times, tiles ------------------------------------------------------------------------------------------
@@ -129,7 +149,7 @@ def test_wrong_values_end_the_benchmark():
     with pytest.raises(SystemExit, match="wrong values: product, XLA, is off by 0.1 "):
         cases.check(wrong, wrong.make())
     nan = product_case(lambda a, b: jnp.nan * a @ b)
-    with pytest.raises(SystemExit, match="product, kernel, is off by nan"):
+    with pytest.raises(SystemExit, match="product, kernel, is off by inf"):
         cases.check(nan, nan.make())
 
 
@@ -163,11 +183,61 @@ def test_the_fastest_tiles_are_written(monkeypatch, tmp_path):
     assert json.loads(file.read_text()) == {"TPU v9": {"other": {"rows": 7}, "32x4": {"rows": 2}}}
 
 
-@pytest.mark.parametrize("file", [attention_tiles.TUNED, tpu.TUNED])
-def test_what_was_tuned_can_be_read(file):
-    kinds = {attention_tiles.TUNED: attention_tiles.Tiles, tpu.TUNED: tpu.Tiles}
-    for shapes in json.loads(file.read_text()).values():
-        assert all(kinds[file](**fields) for fields in shapes.values())
+def tuning_of(file: Path, call) -> cases.Tuning:
+    file.write_text("{}")
+    return cases.Tuning(candidates=lambda: [Tiles(1), Tiles(2)], call=call, file=file, shape="32x4")
+
+
+def test_tiles_of_wrong_values_are_not_written(monkeypatch, tmp_path):
+    """Though the heuristic's are right, and they are the fastest."""
+    times = iter([2.0, 1.0] * 2)
+    monkeypatch.setattr(cases, "seconds", lambda call, arguments: next(times))
+    file = tmp_path / "tuning.json"
+    right = dataclasses.replace(product_case(jnp.dot), tuning=tuning_of(file, lambda tiles: jnp.dot))
+    cases.tune(right, right.make(), "TPU v9")
+    assert json.loads(file.read_text()) == {"TPU v9": {"32x4": {"rows": 2}}}
+    wrong = dataclasses.replace(right, tuning=tuning_of(file, lambda tiles: lambda a, b: tiles.rows * a @ b))
+    with pytest.raises(SystemExit, match=r"wrong values: product, Tiles\(rows=2\), kernel, is off by 1 "):
+        cases.tune(wrong, wrong.make(), "TPU v9")
+    assert file.read_text() == "{}"
+
+
+def test_nothing_is_written_if_no_tiles_can_run(tmp_path, capsys):
+    def refused(tiles):
+        def call(a, b):
+            raise ValueError("no room on the chip")
+
+        return call
+
+    file = tmp_path / "tuning.json"
+    case = dataclasses.replace(product_case(jnp.dot), tuning=tuning_of(file, refused))
+    assert cases.tune(case, case.make(), "TPU v9") is case.call
+    assert file.read_text() == "{}"
+    assert "product: none of these tiles can run, nothing is written" in capsys.readouterr().out
+
+
+def readable(file: Path, kinds: dict[str, Callable]) -> bool:
+    """Whether a tuning.json has what the tiles of each platform are made of."""
+    for device_kind, shapes in json.loads(file.read_text()).items():
+        platform = "tpu" if device_kind.startswith("TPU") else "gpu"
+        for fields in shapes.values():
+            try:
+                kinds[platform](**fields)
+            except (KeyError, TypeError):
+                return False
+    return True
+
+
+def test_what_was_tuned_can_be_read(tmp_path):
+    q, k, *_ = block_step()
+    of_attention = {"tpu": attention_tiles.Tiles, "gpu": partial(gpu_tiles.heuristic, q, k)}
+    assert readable(attention_tiles.TUNED, of_attention) and readable(vocab_tiles.TUNED, {"tpu": vocab_tiles.Tiles})
+    gpu_s = {"NVIDIA H200": {"x": {"queries": 32, "keys": 64, "stages": 4}}}
+    file = tmp_path / "tuning.json"
+    file.write_text(json.dumps(gpu_s))
+    assert readable(file, of_attention)
+    file.write_text(json.dumps({"TPU v9": gpu_s["NVIDIA H200"]}))
+    assert not readable(file, of_attention)
 
 
 # ---- the command ---------------------------------------------------------------------------------------------------
@@ -179,7 +249,7 @@ def test_measuring_prints_the_kernel_and_what_it_is_compared_with(monkeypatch, c
     tuning = cases.Tuning(candidates=list, call=lambda tiles: jnp.matmul, file=file, shape="")
     case = dataclasses.replace(product_case(jnp.dot), others=others, tuning=tuning)
     monkeypatch.setattr(kernels, "cases", lambda platform: [case])
-    kernels.measure("cpu", tune=False)
+    kernels.measure("cpu", search=False)
     assert re.search(r"^product: [\d.]+ \(\d+ GB/s of what has to move\); XLA [\d.]+$", capsys.readouterr().out, re.M)
 
 
@@ -193,7 +263,7 @@ def test_without_a_chip_it_says_so_and_what_the_compilers_would_need(monkeypatch
     out = capsys.readouterr().out
     assert out.startswith("No chip with a kernel here, only cpu: nothing is measured.")
     assert re.findall(r"not compiled for (\S+): compiling for a TPU needs", out) == ["v5e:2x2", "v6e:2x2"]
-    assert re.search(r"^Dream-7B +1024 +1\.012 ", out, re.M) and "confidence, 32 rows" in out
+    assert re.search(r"^Dream-7B +block +1024 +1\.012 ", out, re.M) and "confidence, 32 rows" in out
 
 
 @pytest.mark.parametrize(

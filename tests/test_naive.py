@@ -25,6 +25,8 @@ from test_unmask import falling, leading
 from cdlm_jax.config import InputError
 from cdlm_jax.decoding import common, naive
 from cdlm_jax.decoding.unmask import Margin
+from cdlm_jax.kernels.vocab import confidence, reference
+from cdlm_jax.kernels.vocab.noise import row_seeds
 
 EOT, STEPS = 3, 6
 make = partial(naive.Config, gen_length=GEN, block_size=BLOCK, steps=STEPS)
@@ -103,6 +105,24 @@ def test_confidence_without_the_tokens(temperature):
     close(seen.probability, np.take_along_axis(p, np.asarray(seen.token)[..., None], axis=-1)[..., 0])
     close(seen.margin, np.diff(np.sort(np.delete(p, MASK, axis=-1), axis=-1)[..., -2:])[..., 0])
     close(seen.entropy, -(p * np.where(p > 0, log_p, 0)).sum(axis=-1))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_tokens_without_those_banned_are_the_definition_s(temperature):
+    """With the noise of all other draws, and from one product with the lm_head."""
+    model, keys = TEMPLATES["same_position"], jax.random.split(jax.random.key(3), ROWS)
+    hidden = jax.random.normal(jax.random.key(4), (ROWS, 50, CONFIG.hidden_size))
+
+    def predict(hidden):
+        return common.predict(model, hidden, keys, temperature, banned=(EOS,), unsure=(EOT,))
+
+    seen = predict(hidden)
+    seeds = row_seeds(keys, hidden)
+    right = reference.confidence(hidden, model.head, (MASK, EOS), temperature, seeds)
+    np.testing.assert_array_equal(seen.token, right.token)
+    drawn = confidence(hidden, model.head, temperature=temperature, key=keys, forbidden=(MASK, EOS))
+    np.testing.assert_array_equal(seen.token, drawn.token)
+    assert str(jax.make_jaxpr(predict)(hidden)).count("dot_general") == 1
 
 
 def test_other_policies_take_the_options_too():

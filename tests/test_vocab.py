@@ -331,6 +331,21 @@ def test_wrong_rows_are_refused():
         linear_nll(student, head, targets[1:], weights)
 
 
+def test_heads_of_another_width_are_refused():
+    teacher, student, _, head, targets, weights = inputs()
+    message = r"hidden \(12, 7\) and its head \(8, 50\) must be \[..., d\] and \[d, V\]"
+    for call in (
+        lambda narrow: confidence(narrow, head),
+        lambda narrow: nll(narrow, head, targets),
+        lambda narrow: linear_nll(narrow, head, targets, weights),
+        lambda narrow: linear_kl(teacher, narrow, head, weights),
+        lambda narrow: linear_kl(narrow, student, head, weights),
+        lambda narrow: linear_kl(narrow, student, head, weights, teacher_head=head),
+    ):
+        with pytest.raises(InputError, match=message):
+            call(student[:, 1:])
+
+
 def test_nll_of_each_row():
     _, student, _, head, targets, weights = inputs()
     found = nll(student.reshape(3, 4, -1), head, targets.reshape(3, 4), tile=7)
@@ -355,7 +370,11 @@ def test_there_is_no_gpu_kernel_for_the_losses():
         ({"temperature": 0.5}, "temperature above 0 needs a random key, got none"),
         ({"temperature": 0.5, "key": jnp.zeros(2, jnp.uint32)}, r"whose shape begins \(12,\); got uint32 \(2,\)"),
         ({"temperature": 0.5, "key": jax.random.split(jax.random.key(0), 5)}, r"begins \(12,\); got key<fry> \(5,\)"),
-        ({"forbidden": tuple(range(50))}, "forbidden holds 50 tokens, of a vocabulary of 50"),
+        ({"forbidden": tuple(range(50))}, "forbidden holds all 50 tokens of the vocabulary"),
+        ({"forbidden": (3, 50)}, r"forbidden must hold ids of the vocabulary 0\.\.49, got 50"),
+        ({"forbidden": (-1,)}, r"forbidden must hold ids of the vocabulary 0\.\.49, got -1"),
+        ({"forbidden": (2.0,)}, r"forbidden must hold ids of the vocabulary 0\.\.49, got 2\.0"),
+        ({"forbidden": (None,)}, r"forbidden must hold ids of the vocabulary 0\.\.49, got None"),
         ({"implementation": "cpu"}, "unknown implementation 'cpu' of the vocabulary, allowed: 'tpu', 'gpu', 'xla'"),
         ({"implementation": "gpu"}, "implementation 'gpu' cannot run here: the device is a cpu; allowed: 'xla'"),
         ({"implementation": "tpu"}, "implementation 'tpu' cannot run here: the device is a cpu; allowed: 'xla'"),
@@ -406,6 +425,7 @@ def test_draws_are_the_reference_s(shape, tile, temperature, forbidden):
     shape["vocab"] += 5  # something must remain
     hidden, _, head, *_ = inputs(**shape)
     key = jax.random.key(shape["seed"])
+    forbidden = {token for token in forbidden if token < shape["vocab"]}
     options = {"temperature": temperature, "forbidden": tuple(sorted(forbidden)), "key": key}
     got = jax.jit(partial(confidence, tile=tile, **options))(hidden, head)
     words = jnp.broadcast_to(jax.random.key_data(key), (shape["n"], 2))

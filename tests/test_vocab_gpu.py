@@ -136,7 +136,7 @@ def test_tiles_fill_the_chip_and_fit_it(n, op, sizes):
     most = math.ceil(math.ceil(sizes[1] / tiles.columns) / tiles.splits) * tiles.columns  # columns of a program
     assert most * tiles.splits <= 1.1 * sizes[1]
     assert tiles.stages >= 4
-    assert on_gpu(op, n, *sizes).vmem <= SHARED
+    assert on_gpu(op, n, *sizes).on_chip <= SHARED
 
 
 @pytest.mark.parametrize("n", [32, 1024])
@@ -168,7 +168,7 @@ def test_the_cost_is_that_of_the_kernel(monkeypatch):
     scratch = jax.tree.leaves(options["scratch_types"])
     barriers = [x for x in scratch if hasattr(x, "num_barriers")]
     reserved = sum(size(x) for x in scratch if x not in barriers)
-    assert cost.vmem == reserved + 8 * sum(int(np.prod(x.num_barriers)) for x in barriers)
+    assert cost.on_chip == reserved + 8 * sum(int(np.prod(x.num_barriers)) for x in barriers)
     programs = math.prod(options["grid"])
     assert cost.fetched == (len(copies) - 3 * programs) // 2 * cost.tiles.stage
     assert cost.moved - cost.least == 2 * sum(map(size, options["out_type"]))
@@ -180,7 +180,7 @@ ON_A_MESH = """
 from functools import partial
 import jax, jax.numpy as jnp, numpy as np
 from cdlm_jax import sharding
-from cdlm_jax.kernels.vocab import gpu, ops, reference, tpu, xla
+from cdlm_jax.kernels.vocab import gpu, mesh, ops, reference, xla
 from cdlm_jax.kernels.vocab.noise import Seeds
 
 def kernel(measure, merge, rows, head, first, tiles, interpret):
@@ -192,7 +192,7 @@ rng = np.random.default_rng(0)
 hidden = jnp.asarray(rng.normal(size=(4, 6, 64)) / 4, jnp.bfloat16)
 head = jnp.asarray(rng.normal(size=(64, 520)), jnp.bfloat16)
 seeds = Seeds(*rng.integers(2**32, size=(3, 4, 6), dtype=np.uint32))
-tpu.GATHERED, gpu.statistics = 100, kernel
+mesh.GATHERED, gpu.statistics = 100, kernel
 
 @partial(jax.jit, static_argnums=0)
 def run(engine, hidden, head, seeds):

@@ -17,10 +17,11 @@ from hypothesis import strategies as st
 from test_vocab import inputs, log_softmax, twin_kl, twin_nll, wide
 
 from cdlm_jax.config import InputError
-from cdlm_jax.kernels.vocab import ops, reference, tpu, xla
-from cdlm_jax.kernels.vocab.cost import forward
+from cdlm_jax.kernels.vocab import confidence, linear_kl, linear_nll, nll, ops, reference, tpu, xla
+from cdlm_jax.kernels.vocab.cost import on_tpu
 from cdlm_jax.kernels.vocab.noise import Seeds
-from cdlm_jax.kernels.vocab.tpu import MIB, Engine, Sizes, Tiles, choose
+from cdlm_jax.kernels.vocab.tiles import MIB, OPS, Sizes, Tiles, choose, walks
+from cdlm_jax.kernels.vocab.tpu import Engine
 
 few = settings(max_examples=4, deadline=None, derandomize=True)
 shapes = st.fixed_dictionaries(
@@ -200,14 +201,68 @@ def test_bytes_moved_are_those_of_the_walk(tiles, columns_first):
 def test_a_block_s_confidence_reads_everything_once(n):
     """Of Dream's head, at most 1.05 times the least, on chips with more VMEM than a v4."""
     for cores, vmem in ((1, 128 * MIB), (2, 64 * MIB)):
-        found = forward("confidence", n, 3584, 152064, cores, vmem)
-        assert found.ratio <= 1.05 and found.vmem <= 0.8 * vmem
+        found = on_tpu("confidence", "statistics", n, 3584, 152064, cores, vmem)
+        assert found.ratio <= 1.05 and found.on_chip <= 0.8 * vmem
 
 
-def test_rows_that_no_tile_can_hold_are_refused():
-    sizes = Sizes(rows=32, d=2**20, vocab=1000, row=2**21, column=2**21, per_row=0, per_column=0)
-    with pytest.raises(InputError, match="rows of 1048576 do not fit the 16 MiB of VMEM of this TPU; allowed: 'xla'"):
-        choose(sizes, False, 1, 16 * 2**20)
+@pytest.mark.parametrize("op", OPS)
+def test_the_walks_of_a_function_are_those_that_its_kernels_make(monkeypatch, op):
+    """By their sizes, of a teacher with a head of its own: what `refusal` tries, and what tuned tiles are found by."""
+    made = {}
+    monkeypatch.setattr(tpu, "choose", lambda sizes, *given: made.setdefault(sizes, choose(sizes, *given)))
+    teacher, student, teacher_head, head, targets, weights = inputs(n=20, vocab=300)
+    teacher, teacher_head = np.tile(teacher, 200), np.tile(teacher_head, (200, 1))
+    engine, seeds = Engine(interpret=True), seeds_of(20) if op == "confidence, drawn" else None
+    call = {
+        "KL": jax.grad(lambda s, w: ops.linear_kl(engine, s, teacher, (w, teacher_head), weights), (0, 1)),
+        "NLL": jax.grad(lambda s, w: ops.linear_nll(engine, s, w, targets, weights), (0, 1)),
+        "NLL of each row": lambda s, w: ops.nll(engine, s, w, targets),
+    }.get(op, lambda s, w: ops.confidence(engine, s, w, (1,), 0.5 if seeds else 0.0, seeds))
+    jax.eval_shape(call, student, head)
+    rows, heads = ((student, teacher), (head, teacher_head)) if op == "KL" else ((student,), (head,))
+    assert list(made) == list(walks(op, rows, heads).values())
+
+
+class V4:
+    platform, device_kind = "tpu", "TPU v4"
+
+
+@pytest.fixture
+def on_v4(monkeypatch):
+    monkeypatch.setattr("cdlm_jax.sharding.device", V4)
+    monkeypatch.setattr(tpu, "cores_and_vmem", lambda: (2, 16 * MIB))
+
+
+def shaped(d, vocab=1024, n=32, dtype=jnp.bfloat16):
+    return jax.ShapeDtypeStruct((n, d), dtype), jax.ShapeDtypeStruct((d, vocab), dtype)
+
+
+def test_a_function_whose_gradients_do_not_fit_uses_xla(on_v4):
+    """On a v4, of 8192: the statistics fit, d head does not."""
+    hidden, head = shaped(8192)
+    assert tpu.refusal("confidence", (hidden,), (head,)) is None
+    seen = jax.make_jaxpr(confidence)(hidden, head)
+    assert "vocab_statistics" in str(seen)
+    weights, targets = jax.ShapeDtypeStruct((32,), jnp.float32), jax.ShapeDtypeStruct((32,), jnp.int32)
+    assert "vocab_statistics" in str(jax.make_jaxpr(nll)(hidden, head, targets))
+    assert "pallas_call" not in str(jax.make_jaxpr(jax.grad(linear_nll, (0, 1)))(hidden, head, targets, weights))
+    message = "d head of rows of 8192 bfloat16 does not fit the 16 MiB of VMEM of this TPU; allowed: 'xla'"
+    with pytest.raises(InputError, match=message):
+        jax.eval_shape(partial(linear_nll, implementation="tpu"), hidden, head, targets, weights)
+
+
+def test_every_row_and_head_has_one_dtype(on_v4):
+    student, head = shaped(64)
+    teacher, teacher_head = shaped(64, dtype=jnp.float32)
+    weights = jax.ShapeDtypeStruct((32,), jnp.float32)
+
+    def kl(student, head, teacher, teacher_head, weights, implementation=None):
+        return linear_kl(teacher, student, head, weights, teacher_head=teacher_head, implementation=implementation)
+
+    given = student, head, teacher, teacher_head, weights
+    assert "pallas_call" not in str(jax.make_jaxpr(jax.grad(kl, (0, 1)))(*given))
+    with pytest.raises(InputError, match="rows are bfloat16, float32 and bfloat16, float32 heads, not all bfloat16 or"):
+        jax.eval_shape(partial(kl, implementation="tpu"), *given)
 
 
 # ---- on a mesh -----------------------------------------------------------------------------------------------------
@@ -216,7 +271,7 @@ ON_A_MESH = """
 from functools import partial
 import jax, numpy as np
 from cdlm_jax import sharding
-from cdlm_jax.kernels.vocab import ops, tpu, xla
+from cdlm_jax.kernels.vocab import mesh, ops, tpu, xla
 from cdlm_jax.kernels.vocab.noise import Seeds
 
 rng = np.random.default_rng(0)
@@ -224,7 +279,7 @@ teacher, student = rng.normal(size=(2, 4, 6, 8)).astype(np.float32)
 head = rng.normal(size=(8, 520)).astype(np.float32)
 targets, weights = rng.integers(520, size=(4, 6), dtype=np.int32), rng.uniform(size=(4, 6)).astype(np.float32)
 seeds = Seeds(*rng.integers(2**32, size=(3, 4, 6), dtype=np.uint32))
-tpu.GATHERED = 100
+mesh.GATHERED = 100
 
 @partial(jax.jit, static_argnums=0)
 def run(engine, teacher, student, head, targets, weights, seeds):

@@ -11,6 +11,7 @@ from cdlm_jax.decoding.progress import Progress, take_rows
 from cdlm_jax.decoding.sampling import measure
 from cdlm_jax.decoding.unmask import Unmask
 from cdlm_jax.kernels.vocab import Confidence, confidence
+from cdlm_jax.kernels.vocab.noise import gumbel, row_seeds
 from cdlm_jax.models.transformer import Transformer
 from cdlm_jax.sharding import by_rows, check_model, check_rows, local_rows, whole
 from cdlm_jax.visibility import row_end
@@ -81,11 +82,14 @@ def predict(
     may be predicted but take no part in the probabilities, so theirs is 0.
     """
     mask_id = model.config.mask_token_id
-    seen = confidence(hidden, model.head, temperature=temperature, key=keys, forbidden=(mask_id, *banned))
     if not banned and not unsure:
-        return seen
-    logits = whole(model.unembed(hidden)).at[..., [*banned, *unsure]].set(-jnp.inf)
-    return measure(jax.nn.log_softmax(logits), seen.token, mask_id)
+        return confidence(hidden, model.head, temperature=temperature, key=keys, forbidden=(mask_id,))
+    logits = scores = whole(model.unembed(hidden))
+    if temperature > 0:  # the noise of `confidence`
+        seeds = jax.tree.map(lambda x: x[..., None], row_seeds(keys, hidden))
+        scores = logits / temperature + gumbel(seeds, jnp.arange(logits.shape[-1]))
+    token = jnp.argmax(scores.at[..., [mask_id, *banned]].set(-jnp.inf), axis=-1)
+    return measure(jax.nn.log_softmax(logits.at[..., [*banned, *unsure]].set(-jnp.inf)), token, mask_id)
 
 
 def decide(

@@ -22,6 +22,7 @@ SLICES = {
     "v6e": (2, "16x16", {}),
     "tpu7x": (3, "16x16x36", {}),
 }
+SMALLEST = {"v4": "2x2x1", "v5e": "2x2", "v5p": "2x2x1", "v6e": "2x2", "tpu7x": "2x2x1"}  # slices of whole hosts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from cdlm_jax.config import InputError
 from cdlm_jax.planning import topology
 from cdlm_jax.sharding import MeshConfig
 
-SLICES = {"v4": "2x2x1", "v5e": "2x2", "v5p": "2x2x1", "v6e": "2x2", "tpu7x": "2x2x1"}  # the smallest of whole hosts
+SLICES = topology.SMALLEST
 
 
 def mesh(chip: str, config: MeshConfig | None = None) -> jax.sharding.Mesh:

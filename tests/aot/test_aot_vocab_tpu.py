@@ -71,6 +71,15 @@ def test_the_kernels_compile(chip, case):
 
 
 @pytest.mark.slow
+def test_by_default_a_v4_gets_the_kernels_that_fit_it():
+    """Rows of 8192 do, but not the gradient of their head."""
+    hidden, head, targets, weights = arguments(nll, 32, 8192, 1024)
+    with jax.set_mesh(mesh("v4")):
+        assert "tpu_custom_call" in compiled(confidence, hidden, head).as_text()
+        assert "tpu_custom_call" not in compiled(jax.grad(linear_nll, (0, 1)), hidden, head, targets, weights).as_text()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("gradients", [(), (0,), (0, 1)])
 def test_memory_without_the_kernels(gradients):
     """XLA's temporaries stay below 1/20 of one float32 [n, V], too."""

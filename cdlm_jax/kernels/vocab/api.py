@@ -4,20 +4,19 @@ Leading dimensions are free: hidden may be [rows, d] or [rows, L, d]. Inputs may
 accumulate, and all statistics are kept, in float32. None of them holds an array of [..., V] elements when V > tile.
 """
 
-import math
-from functools import partial
+from numbers import Integral
 from typing import Literal, get_args
 
 import jax
-import jax.numpy as jnp
 
 from cdlm_jax import sharding
 from cdlm_jax.config import InputError
 from cdlm_jax.kernels.vocab import gpu, ops, tpu, xla
-from cdlm_jax.kernels.vocab.noise import Seeds
+from cdlm_jax.kernels.vocab.noise import row_seeds
 from cdlm_jax.kernels.vocab.reference import Confidence
 
 Implementation = Literal["tpu", "gpu", "xla"]
+KERNELS = {"tpu": tpu, "gpu": gpu}
 
 TILE = 4096  # head columns at a time; memory is a few float32 arrays of [at most 2048 rows, TILE]
 
@@ -51,14 +50,16 @@ def confidence(
       second) and entropy in nats, in float32. One pass over the vocabulary; plain dense computation if V <= tile.
 
     Raises:
-      InputError: temperature is negative or has no key, the key does not fit the rows, or no token is allowed.
+      InputError: hidden and head differ in d, temperature is negative or has no key, the key does not fit the rows, a
+        forbidden id is not in the vocabulary, or no token is allowed.
     """
+    _check_heads(hidden=(hidden, head))
     if not temperature >= 0:
         raise InputError(f"temperature must be 0 or more, got {temperature}")
-    if len(set(forbidden)) >= head.shape[1]:
-        raise InputError(f"forbidden holds {len(set(forbidden))} tokens, of a vocabulary of {head.shape[1]}")
-    seeds = _seeds(key, hidden) if temperature > 0 else None
-    engine = _engine(implementation, hidden, head, tile, kernels=("tpu", "gpu"))
+    _check_forbidden(forbidden, head.shape[1])
+    seeds = row_seeds(key, hidden) if temperature > 0 else None
+    op = "confidence, drawn" if temperature > 0 else "confidence"
+    engine = _engine(implementation, op, (hidden,), (head,), tile)
     return ops.confidence(engine, hidden, head, tuple(forbidden), temperature, seeds)
 
 
@@ -87,14 +88,16 @@ def linear_kl(
       float32 scalar.
 
     Raises:
-      InputError: the leading dimensions of the rows and the weights differ, or the two heads differ in V.
+      InputError: the leading dimensions of the rows and the weights differ, rows and their head in d, or the two heads
+        in V.
     """
     _check_rows(weights, teacher_hidden=teacher_hidden.shape[:-1], student_hidden=student_hidden.shape[:-1])
     if teacher_head is not None and teacher_head.shape[1] != head.shape[1]:
         raise InputError(f"teacher_head has a vocabulary of {teacher_head.shape[1]}, head of {head.shape[1]}")
-    engine = _engine(implementation, student_hidden, head, tile)
-    teacher_hidden, teacher_head, weights = jax.lax.stop_gradient((teacher_hidden, teacher_head, weights))
-    heads = (head,) if teacher_head is None else (head, teacher_head)
+    heads = (head,) if teacher_head is None else (head, jax.lax.stop_gradient(teacher_head))
+    _check_heads(student_hidden=(student_hidden, head), teacher_hidden=(teacher_hidden, heads[-1]))
+    engine = _engine(implementation, "KL", (student_hidden, teacher_hidden), heads, tile)
+    teacher_hidden, weights = jax.lax.stop_gradient((teacher_hidden, weights))
     return ops.linear_kl(engine, student_hidden, teacher_hidden, heads, weights)
 
 
@@ -119,10 +122,11 @@ def linear_nll(
       float32 scalar.
 
     Raises:
-      InputError: the leading dimensions of hidden, targets and weights differ.
+      InputError: the leading dimensions of hidden, targets and weights differ, or hidden and head in d.
     """
     _check_rows(weights, hidden=hidden.shape[:-1], targets=targets.shape)
-    engine = _engine(implementation, hidden, head, tile)
+    _check_heads(hidden=(hidden, head))
+    engine = _engine(implementation, "NLL", (hidden,), (head,), tile)
     return ops.linear_nll(engine, hidden, head, targets, jax.lax.stop_gradient(weights))
 
 
@@ -136,35 +140,37 @@ def nll(
 ) -> jax.Array:
     """-log softmax(hidden @ head)[targets] of each row by itself, float32 [...], in nats. Not differentiable.
 
-    hidden: [..., d]; head: [d, V]; targets: int32 [...], in [0, V). InputError if their leading dimensions differ.
+    hidden: [..., d]; head: [d, V]; targets: int32 [...], in [0, V). InputError if leading dimensions differ, or the d.
     """
     if hidden.shape[:-1] != targets.shape:
         raise InputError(f"hidden has rows {hidden.shape[:-1]}, targets have {targets.shape}: they must be equal")
-    return ops.nll(_engine(implementation, hidden, head, tile), hidden, head, targets)
+    _check_heads(hidden=(hidden, head))
+    engine = _engine(implementation, "NLL of each row", (hidden,), (head,), tile)
+    return ops.nll(engine, hidden, head, targets)
 
 
-def _engine(implementation: Implementation | None, hidden, head, tile: int, kernels=("tpu",)):
-    """kernels: those of the function at hand."""
+def _engine(implementation: Implementation | None, op: str, hiddens, heads, tile: int):
+    """op: of `tiles.OPS`."""
     if implementation is None:
         platform = sharding.device().platform
-        runs = platform in kernels and _refusal(platform, hidden, head, kernels) is None
+        runs = platform in KERNELS and _refusal(platform, op, hiddens, heads) is None
         implementation = platform if runs else "xla"
     elif implementation not in get_args(Implementation):
         allowed = ", ".join(map(repr, get_args(Implementation)))
         raise InputError(f"unknown implementation {implementation!r} of the vocabulary, allowed: {allowed}")
-    elif implementation != "xla" and (reason := _refusal(implementation, hidden, head, kernels)):
+    elif implementation != "xla" and (reason := _refusal(implementation, op, hiddens, heads)):
         name = f"the vocabulary's implementation {implementation!r}"
         raise InputError(f"{name} cannot run here: {reason}; allowed: 'xla'")
-    return {"tpu": tpu.Engine, "gpu": gpu.Engine, "xla": partial(xla.Engine, tile)}[implementation]()
+    return xla.Engine(tile) if implementation == "xla" else KERNELS[implementation].Engine()
 
 
-def _refusal(kernel: str, hidden, head, kernels) -> str | None:
+def _refusal(kernel: str, op: str, hiddens, heads) -> str | None:
     """Why this kernel cannot run here; None if it can."""
-    if kernel not in kernels:
+    if kernel == "gpu" and not op.startswith("confidence"):
         return "there is a GPU kernel for confidence alone"
     if (device := sharding.device()).platform != kernel:
         return f"the device is a {device.platform}"
-    return {"tpu": tpu, "gpu": gpu}[kernel].refusal(hidden, head)
+    return KERNELS[kernel].refusal(op, hiddens, heads)
 
 
 def _check_rows(weights, **leading):
@@ -173,18 +179,15 @@ def _check_rows(weights, **leading):
             raise InputError(f"{name} has rows {shape}, weights have {weights.shape}: they must be equal")
 
 
-def _seeds(key, hidden) -> Seeds:
-    """[...] each: a row's place is its number in the dimensions of hidden that the keys leave."""
-    if key is None:
-        raise InputError("temperature above 0 needs a random key, got none")
-    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.shape != hidden.shape[: key.ndim]:
-        raise InputError(
-            f"key must be a jax.random.key, or an array of them whose shape begins {hidden.shape[:-1]}; "
-            f"got {key.dtype} {key.shape}"
-        )
-    words = jax.random.key_data(key)[..., :2]  # every generator keeps its seed in the first two words
-    left = hidden.shape[key.ndim : -1]
-    zeros = jnp.zeros_like(hidden[..., 0], jnp.uint32)
-    high, low = (words[..., i].reshape(key.shape + (1,) * len(left)) for i in range(2))
-    place = jnp.arange(math.prod(left), dtype=jnp.uint32).reshape(left)
-    return Seeds(zeros + high, zeros + low, zeros + place)
+def _check_heads(**rows_and_head):
+    for name, (hidden, head) in rows_and_head.items():
+        if hidden.shape[-1:] != head.shape[:1]:
+            raise InputError(f"{name} {hidden.shape} and its head {head.shape} must be [..., d] and [d, V]")
+
+
+def _check_forbidden(forbidden, vocab: int):
+    for token in forbidden:
+        if not isinstance(token, Integral) or not 0 <= token < vocab:
+            raise InputError(f"forbidden must hold ids of the vocabulary 0..{vocab - 1}, got {token!r}")
+    if len(set(forbidden)) == vocab:
+        raise InputError(f"forbidden holds all {vocab} tokens of the vocabulary")

@@ -17,8 +17,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from cdlm_jax import sharding
 from cdlm_jax.chips import is_hopper
-from cdlm_jax.kernels.vocab.statistics import LEAST, Rows, nothing, peaks, together
-from cdlm_jax.kernels.vocab.tpu import NO_TOKEN, flat, per_device, statistics_shapes
+from cdlm_jax.kernels.vocab.mesh import flat, per_device
+from cdlm_jax.kernels.vocab.statistics import LEAST, NO_TOKEN, Rows, nothing, peaks, statistics_shapes, together
 from cdlm_jax.kernels.vocab.xla import sweep
 
 ROWS = 64  # of a warpgroup's wgmma
@@ -191,8 +191,10 @@ def of_groups(x, row_tiles: int, tiles: Tiles):
     return x.reshape(row_tiles, tiles.groups, ROWS)
 
 
-def refusal(hidden, head) -> str | None:
-    """Why the kernel cannot run on the current device with these arguments; None if it can."""
+def refusal(op: str, hiddens, heads) -> str | None:
+    """Why the kernel cannot run `confidence` on the current device with these rows [..., d] and this head [d, V]; None
+    if it can. Draws or none, it takes the same."""
+    (hidden,), (head,) = hiddens, heads
     if not is_hopper(kind := sharding.device().device_kind):
         return f"it needs Hopper's wgmma, which the {kind} has not"
     if hidden.dtype != jnp.bfloat16 or head.dtype != jnp.bfloat16:
@@ -211,7 +213,7 @@ def multiprocessors() -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Engine:
-    """The kernel on every device's rows and columns; between devices, the collectives of `tpu.Axes`."""
+    """The kernel on every device's rows and columns; between devices, the collectives of `mesh.Axes`."""
 
     interpret: Any = None  # InterpretGPUParams
     tiles: Tiles | None = None  # None: chosen for the chip

@@ -5,10 +5,13 @@ from Threefry-2x32 with 20 rounds (Salmon et al., Parallel Random Numbers: As Ea
 so that it runs inside a kernel, one token per counter.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from cdlm_jax.config import InputError
 
 ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 
@@ -19,6 +22,26 @@ class Seeds(NamedTuple):
     high: jax.Array  # uint32 [...]
     low: jax.Array  # uint32 [...]
     place: jax.Array  # uint32 [...]
+
+
+def row_seeds(key: jax.Array | None, hidden: jax.Array) -> Seeds:
+    """Of rows [..., d], [...] each: a row's place is its number in the dimensions that the keys leave.
+
+    key: one, or an array of the first of hidden's leading dimensions; InputError if it is neither.
+    """
+    if key is None:
+        raise InputError("temperature above 0 needs a random key, got none")
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.shape != hidden.shape[: key.ndim]:
+        raise InputError(
+            f"key must be a jax.random.key, or an array of them whose shape begins {hidden.shape[:-1]}; "
+            f"got {key.dtype} {key.shape}"
+        )
+    words = jax.random.key_data(key)[..., :2]  # every generator keeps its seed in the first two words
+    left = hidden.shape[key.ndim : -1]
+    zeros = jnp.zeros_like(hidden[..., 0], jnp.uint32)
+    high, low = (words[..., i].reshape(key.shape + (1,) * len(left)) for i in range(2))
+    place = jnp.arange(math.prod(left), dtype=jnp.uint32).reshape(left)
+    return Seeds(zeros + high, zeros + low, zeros + place)
 
 
 def threefry(key: tuple[jax.Array, jax.Array], count: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:

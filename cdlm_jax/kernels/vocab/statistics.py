@@ -14,6 +14,7 @@ from cdlm_jax.kernels.vocab.noise import Seeds, gumbel
 from cdlm_jax.kernels.vocab.reference import Confidence
 
 LEAST = -1e30  # below any logit, and finite, since maxima are subtracted from each other
+NO_TOKEN = 2**31 - 1  # the id of a column that does not exist
 
 
 class Rows(NamedTuple):
@@ -28,6 +29,12 @@ class Rows(NamedTuple):
         if self.weights is None:
             return self
         return self._replace(hidden=tuple(jnp.where(self.weights != 0, x, jnp.zeros((), x.dtype)) for x in self.hidden))
+
+
+def statistics_shapes(measure, rows: Rows):
+    """Of rows [n, k]."""
+    z = tuple(jax.ShapeDtypeStruct((x.shape[0], 1), jnp.float32) for x in rows.hidden)
+    return jax.eval_shape(measure, z, jax.ShapeDtypeStruct((1, 1), jnp.int32), rows.extra)
 
 
 def nothing(shapes):

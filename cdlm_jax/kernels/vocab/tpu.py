@@ -11,125 +11,35 @@ Three kernels, each a grid of tiles of rows [R, d] and of columns [d, C], both w
 """
 
 import dataclasses
-import functools
-import json
+import math
 from collections.abc import Callable
 from functools import reduce
 from itertools import cycle
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import PartitionSpec as P
 
 from cdlm_jax import sharding
-from cdlm_jax.config import InputError
-from cdlm_jax.kernels.vocab.statistics import LEAST, Rows, nothing, peak
-from cdlm_jax.kernels.vocab.xla import LANES, sweep
-
-GATHERED = 16384  # columns of a head whose `fsdp` pieces are put together at a time
-STEP = 256  # rows of a tile that are computed with at a time: bounds the code's length and its intermediate values
-NO_TOKEN = 2**31 - 1
-TUNED = Path(__file__).with_name("tuning.json")  # device kind -> `Sizes.name` -> fields of Tiles
-MIB = 2**20
-
-# Bytes in VMEM for each number of a result: written from there while the next is computed; or also summed there.
-KEPT, SUMMED = 2 * 4, 4 + 2 * 4
-
-# ---- tiles ---------------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Tiles:
-    """rows, columns: of a tile. splits: parts of the vocabulary that cores walk on their own. vmem: bytes allowed."""
-
-    rows: int
-    columns: int
-    splits: int = 1
-    vmem: int = 16 * MIB
-
-
-class Sizes(NamedTuple):
-    """Of a kernel's arguments; widths in bytes, as they lie in VMEM."""
-
-    rows: int
-    d: int
-    vocab: int
-    row: int  # bytes of a row of all inputs
-    column: int  # bytes of a column of all heads
-    per_row: int  # bytes of what stays in VMEM, for a row of a tile
-    per_column: int  # and for a column of a tile
-
-    @classmethod
-    def of(cls, rows: Rows, heads, per_row: int = 0, per_column: int = 0) -> "Sizes":
-        n, d = rows.hidden[0].shape
-        row = sum(lanes(x.shape[1]) * x.dtype.itemsize for x in jax.tree.leaves(rows))
-        column = sum(head.shape[0] for head in heads) * heads[0].dtype.itemsize
-        return cls(n, d, heads[0].shape[1], row, column, per_row, per_column)
-
-    @property
-    def name(self) -> str:
-        return "x".join(map(str, self))
-
-    def moved(self, tiles: Tiles, columns_first: bool = False) -> int:
-        """Bytes that a kernel reads: a tile is fetched when it is not the one of the step before."""
-        row_tiles, column_tiles = pl.cdiv(self.rows, tiles.rows), pl.cdiv(self.vocab, tiles.columns)
-        rows, head = self.rows * self.row, self.vocab * self.column
-        if columns_first:
-            return rows * (column_tiles if row_tiles > 1 else 1) + head
-        return rows * tiles.splits + head * (row_tiles if column_tiles > tiles.splits else 1)
-
-    def vmem(self, rows: int, columns: int) -> int:
-        """Bytes that a program needs: what is fetched is there twice, the next tile coming while one is in use."""
-        values = 4 * min(rows, STEP) * columns * 12
-        return 2 * (rows * self.row + columns * self.column) + rows * self.per_row + columns * self.per_column + values
-
-
-def row_sizes(n: int) -> list[int]:
-    return [n] if n <= STEP else list(range(STEP, 1024 + 1, STEP))
-
-
-def choose(sizes: Sizes, columns_first: bool, cores: int, vmem: int) -> Tiles:
-    """The tiles that fit and move the least: the head is read once per tile of rows, or, for d head (`columns_first`),
-    the rows once per tile of columns. The larger ones among equals.
-
-    A tile's columns divide the vocabulary if any that are multiples of LANES do, so that none is computed in vain.
-    """
-    n, _, vocab = sizes[:3]
-    columns = [c for c in range(LANES, 512 + 1, LANES) if vocab % c == 0 or vocab < c]
-    small = [rows for rows in (16, 32, 64, 128) if rows < n]
-    fitting = [
-        (rows, c)
-        for rows in [*small, *row_sizes(n)]
-        for c in columns or [LANES, 2 * LANES, 4 * LANES]
-        if sizes.vmem(rows, c) <= 0.8 * vmem
-    ]
-    if not fitting:
-        raise InputError(f"rows of {sizes.d} do not fit the {vmem // MIB} MiB of VMEM of this TPU; allowed: 'xla'")
-
-    def cost(tile):
-        rows, columns = tile
-        return sizes.moved(Tiles(rows=rows, columns=columns), columns_first), -rows * columns
-
-    rows, column = min(fitting, key=cost)
-    return Tiles(rows=rows, columns=column, splits=cores if rows >= n and not columns_first else 1, vmem=vmem)
-
-
-def tuned(device_kind: str, sizes: Sizes) -> Tiles | None:
-    """The tiles that were fastest on such a device; None if nobody measured."""
-    found = _tuned().get(device_kind, {}).get(sizes.name)
-    return found and Tiles(**found)
-
-
-@functools.cache
-def _tuned() -> dict[str, dict[str, dict[str, int]]]:
-    return json.loads(TUNED.read_text())
-
-
-# ---- kernels -------------------------------------------------------------------------------------------------------
+from cdlm_jax.kernels.vocab.mesh import Axes, flat, per_device
+from cdlm_jax.kernels.vocab.statistics import LEAST, NO_TOKEN, Rows, nothing, peak, statistics_shapes
+from cdlm_jax.kernels.vocab.tiles import (
+    KEPT,
+    LANES,
+    MIB,
+    STEP,
+    SUMMED,
+    Sizes,
+    Tiles,
+    choose,
+    fitting,
+    lanes,
+    tuned,
+    walks,
+)
+from cdlm_jax.kernels.vocab.xla import sweep
 
 
 def precision(x):
@@ -281,11 +191,6 @@ def statistics(measure, merge, walk: Walk):
     return reduce(merge, (jax.tree.map(lambda x, i=i: x[i], found) for i in range(tiles.splits)))
 
 
-def statistics_shapes(measure, rows: Rows):
-    z = tuple(jax.ShapeDtypeStruct((x.shape[0], LANES), jnp.float32) for x in rows.hidden)
-    return jax.eval_shape(measure, z, jax.ShapeDtypeStruct((1, LANES), jnp.int32), rows.extra)
-
-
 def zero(out, total):
     total[...] = jnp.zeros_like(total)
 
@@ -337,77 +242,26 @@ def d_head(d_logits, walk: Walk, dtype):
     )
 
 
-def refusal(hidden, head) -> str | None:
-    """Why the kernels cannot take these arguments; None if they can."""
-    if hidden.dtype != head.dtype or head.dtype not in (jnp.bfloat16, jnp.float32):
-        return f"hidden is {hidden.dtype} and head {head.dtype}, not both bfloat16 or both float32"
+def cores_and_vmem() -> tuple[int, int]:
+    """Of the current device, bytes of each core."""
+    found = pltpu.get_tpu_info()
+    return found.num_cores, found.vmem_capacity_bytes
+
+
+def refusal(op: str, hiddens, heads) -> str | None:
+    """Why the kernels cannot run an op of `tiles.OPS`, and its gradients, on hiddens [..., d] and heads [d, V], one for
+    each or one for all; None if they can."""
+    dtypes = {x.dtype for x in (*hiddens, *heads)}
+    if dtypes not in ({jnp.dtype(jnp.bfloat16)}, {jnp.dtype(jnp.float32)}):
+        names = " and ".join(", ".join(str(x.dtype) for x in each) for each in (hiddens, heads))
+        return f"hidden rows are {names} heads, not all bfloat16 or all float32"
+    n = max(1, math.prod(hiddens[0].shape[:-1]) // sharding.pieces(hiddens[0], 0))  # of a device
+    _, vmem = cores_and_vmem()
+    rows = [jax.ShapeDtypeStruct((n, x.shape[-1]), x.dtype) for x in hiddens]
+    for name, sizes in walks(op, rows, heads).items():
+        if not fitting(sizes, vmem):
+            return f"{name} of rows of {sizes.d} {dtypes.pop()} does not fit the {vmem // MIB} MiB of VMEM of this TPU"
     return None
-
-
-# ---- on a mesh -----------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Axes:
-    """Axes of the mesh that cut the rows, the head along d, and the head along the vocabulary. () without a mesh."""
-
-    rows: tuple[str, ...] = ()
-    embed: tuple[str, ...] = ()
-    vocab: tuple[str, ...] = ()
-
-    @classmethod
-    def of(cls, hidden, head) -> "Axes":
-        every = jax.typeof(hidden).sharding.spec[:1], *([entry] for entry in jax.typeof(head).sharding.spec)
-        return cls(*((entry,) if isinstance(entry, str) else tuple(entry or ()) for (entry,) in every))
-
-    def at_once(self, head) -> int:
-        """Columns of a device's head, of which pieces are put together at a time."""
-        return GATHERED if self.embed else head.shape[1]
-
-    def columns(self, heads, start, size):
-        """(columns of the heads, whole along d; the id of the first)."""
-        first = start + (jax.lax.axis_index(self.vocab) * heads[0].shape[1] if self.vocab else 0)
-        heads = tuple(jax.lax.dynamic_slice_in_dim(head, start, size, axis=1) for head in heads)
-        if self.embed:
-            heads = tuple(jax.lax.all_gather(head, self.embed, axis=0, tiled=True) for head in heads)
-        return heads, jnp.asarray(first, jnp.int32)
-
-    def merged(self, merge, found):
-        """The statistics of all parts of the vocabulary."""
-        if not self.vocab:
-            return found
-        every = jax.lax.all_gather(found, self.vocab)
-        parts = range(jax.lax.axis_size(self.vocab))
-        return reduce(merge, (jax.tree.map(lambda x, i=i: x[i], every) for i in parts))
-
-    def over_rows(self, d_head):
-        """The sum over all rows, of which each device keeps its piece along d."""
-        others = tuple(axis for axis in self.rows if axis not in self.embed)
-        d_head = jax.lax.psum(d_head, others) if others else d_head
-        if not self.embed:
-            return d_head
-        if set(self.embed) <= set(self.rows):
-            return jax.lax.psum_scatter(d_head, self.embed, scatter_dimension=0, tiled=True)
-        size = d_head.shape[0] // jax.lax.axis_size(self.embed)
-        return jax.lax.dynamic_slice_in_dim(d_head, jax.lax.axis_index(self.embed) * size, size, axis=0)
-
-
-def per_device(local, rows: Rows, heads, out_specs):
-    """local(axes, rows, heads) of every device's own rows [..., k] and piece of each head; out_specs(specs of rows, of
-    heads) says where the results are."""
-    hidden, head = rows.hidden[0], heads[0]
-    if jax.typeof(head).sharding.mesh.empty:
-        return local(Axes(), rows, heads)
-    axes = Axes.of(hidden, head)
-    of_rows, of_head = P(axes.rows or None), P(axes.embed or None, axes.vocab or None)
-    specs = jax.tree.map(lambda _: of_rows, rows), jax.tree.map(lambda _: of_head, heads)
-    rows, heads = jax.tree.map(jax.reshard, (rows, heads), specs)
-    return jax.shard_map(
-        lambda rows, heads: local(axes, rows, heads),
-        in_specs=specs,
-        out_specs=out_specs(of_rows, of_head),
-        check_vma=False,  # a Pallas call does not say over which axes its result varies
-    )(rows, heads)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -471,19 +325,6 @@ class Engine:
     def walk(self, rows: Rows, heads, first, *, per_row=0, per_column=0, columns_first=False) -> Walk:
         """per_row, per_column: bytes that stay in VMEM, beside the inputs, for a row and a column of a tile."""
         sizes = Sizes.of(rows, heads, per_row, per_column)
-        if self.interpret:
-            cores, vmem = 2, 128 * MIB
-        else:
-            cores, vmem = (info := pltpu.get_tpu_info()).num_cores, info.vmem_capacity_bytes
+        cores, vmem = (2, 128 * MIB) if self.interpret else cores_and_vmem()
         tiles = self.tiles or tuned(sharding.device().device_kind, sizes)
         return Walk(rows, heads, first, tiles or choose(sizes, columns_first, cores, vmem), self.interpret)
-
-
-def flat(rows: Rows) -> Rows:
-    """[..., k] -> [n, k]"""
-    return jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), rows)
-
-
-def lanes(width: int) -> int:
-    """Columns that a row of `width` takes in VMEM."""
-    return pl.cdiv(width, LANES) * LANES
