@@ -301,7 +301,7 @@ def cost_model(chips: list[Chip]) -> tuple[list[str], list[list[str]]]:
     for model in MODELS:
         for step in (*STEPS, LONG):
             found = cost_of(platform, model, step)
-            figures = [f"{found.ratio:.3f}", f"{found.intensity:.1f}", f"{found.buffers / unit:.1f}"]
+            figures = [f"{found.ratio:.3f}", f"{found.intensity:.1f}", f"{found.on_chip / unit:.1f}"]
             lines.append(
                 [model, step.name, str(step.context), *figures, *(f"{1e6 * found.seconds(chip):.0f}" for chip in chips)]
             )

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from cases import Case, Compared, Tuning
 from jax.experimental.pallas import tpu as pltpu
 
-from cdlm_jax.chips import Chip
-from cdlm_jax.kernels.vocab import confidence, gpu, linear_kl, linear_nll, ops, reference, tpu
+from cdlm_jax.chips import HOPPER_SHARED, Chip
+from cdlm_jax.kernels.vocab import confidence, linear_kl, linear_nll, ops, reference, tpu
 from cdlm_jax.kernels.vocab.api import TILE
 from cdlm_jax.kernels.vocab.cost import Cost, on_gpu, on_tpu, sizes_of
 from cdlm_jax.kernels.vocab.noise import row_seeds
@@ -164,7 +164,7 @@ def _line(chip: Chip, walk: Callable[..., Cost], sizes: tuple[int, int]) -> list
         found, room = walk(*sizes, info.num_cores, vmem), vmem / MIB
         used = found.on_chip / MIB
     else:
-        found, room = walk(*sizes), gpu.SHARED / 2**10
+        found, room = walk(*sizes), HOPPER_SHARED / 2**10
         used = found.on_chip / 2**10
     return [
         chip.name,

@@ -179,7 +179,7 @@ def test_hardly_a_byte_is_moved_twice(context, heads, kv_heads):
     ends = np.random.default_rng(0).integers(context - block, context + 1, rows) + block
     found = gpu_cost(q, k, np.repeat(ends[:, None], block, axis=1), heuristic(q, k))
     assert 1 <= found.ratio < 1.05
-    assert found.buffers <= chips.HOPPER_SHARED
+    assert found.on_chip <= chips.HOPPER_SHARED
     assert found.seconds(chips.find("NVIDIA H200")) < found.seconds(chips.find("NVIDIA H100 80GB HBM3"))
 
 

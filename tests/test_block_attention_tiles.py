@@ -94,7 +94,7 @@ def test_hardly_a_byte_is_moved_twice(context, heads, kv_heads):
     ends = np.random.default_rng(0).integers(context - block, context + 1, rows) + block
     found = cost(q, k, np.repeat(ends[:, None], block, axis=1), heuristic(q, k, False))
     assert 1 <= found.ratio < 1.05
-    assert found.buffers < 16 * 2**20  # the smallest VMEM
+    assert found.on_chip < 16 * 2**20  # the smallest VMEM
     memory = found.moved / chips.find("TPU v5e").bandwidth
     assert found.seconds(chips.find("TPU v5e")) >= memory
 

@@ -18,10 +18,11 @@ from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 from test_vocab import inputs, log_softmax
 from test_vocab_tpu import seeds_of
 
+from cdlm_jax.chips import HOPPER_SHARED
 from cdlm_jax.config import InputError
 from cdlm_jax.kernels.vocab import confidence, gpu, ops, reference, xla
 from cdlm_jax.kernels.vocab.cost import on_gpu
-from cdlm_jax.kernels.vocab.gpu import SHARED, Engine, Tiles, choose
+from cdlm_jax.kernels.vocab.gpu import Engine, Tiles, choose
 
 DREAM, LLADA = (3584, 152064), (4096, 126464)
 
@@ -136,7 +137,7 @@ def test_tiles_fill_the_chip_and_fit_it(n, op, sizes):
     most = math.ceil(math.ceil(sizes[1] / tiles.columns) / tiles.splits) * tiles.columns  # columns of a program
     assert most * tiles.splits <= 1.1 * sizes[1]
     assert tiles.stages >= 4
-    assert on_gpu(op, n, *sizes).on_chip <= SHARED
+    assert on_gpu(op, n, *sizes).on_chip <= HOPPER_SHARED
 
 
 @pytest.mark.parametrize("n", [32, 1024])

@@ -1,6 +1,10 @@
 """What a call of a kernel moves and computes, and the bound that a chip sets on its time."""
 
 import dataclasses
+import json
+
+from jax.experimental import pallas as pl
+from jax.experimental.xla_metadata import set_xla_metadata
 
 from cdlm_jax.chips import Chip
 
@@ -27,3 +31,12 @@ class Cost:
     def seconds(self, chip: Chip) -> float:
         """The roofline's bound: what memory or arithmetic alone would take."""
         return max(self.moved / chip.bandwidth, self.flops / chip.flops)
+
+
+def estimated(cost: pl.CostEstimate):
+    """A context for the call of a GPU's kernel, whose cost the compiled program then says, for the planner to read.
+
+    A TPU's kernels take the estimate itself, which Mosaic GPU drops.
+    """
+    said = {"flops": str(cost.flops), "bytes_accessed": str(cost.bytes_accessed)}
+    return set_xla_metadata(cost_estimate=json.dumps(said, separators=(",", ":")))

@@ -1,40 +1,17 @@
-"""What a call of a kernel moves and computes, without running it: its own walk through memory, counted."""
+"""What a call of a kernel moves and computes, without running it: its own walk through memory, counted.
 
-import dataclasses
+The least is each visible key and value, each query and result once; FLOPs are of the two products over visible keys. A
+GPU's bytes are also those that its cache answers; to a TPU's buffers the compiler adds its temporaries.
+"""
+
 import math
 
 import jax
 import numpy as np
 
-from cdlm_jax.chips import Chip
 from cdlm_jax.kernels.block_attention.gpu_tiles import WGMMA, GpuTiles
 from cdlm_jax.kernels.block_attention.tiles import LANES, Tiles, buffers
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Cost:
-    """moved: bytes between HBM and the chip; on a GPU also those that its cache answers. least: each visible key and
-    value, each query and result once. flops: of the two products, over visible keys only. buffers: bytes of VMEM that
-    the kernel asks for, to which the compiler adds its temporaries, or of shared memory that a program has.
-    """
-
-    moved: int
-    least: int
-    flops: int
-    buffers: int
-
-    @property
-    def ratio(self) -> float:
-        return self.moved / self.least
-
-    @property
-    def intensity(self) -> float:
-        """FLOPs per byte moved."""
-        return self.flops / self.moved
-
-    def seconds(self, chip: Chip) -> float:
-        """The roofline's bound: what memory or arithmetic alone would take."""
-        return max(self.moved / chip.bandwidth, self.flops / chip.flops)
+from cdlm_jax.kernels.cost import Cost
 
 
 def cost(
@@ -68,7 +45,7 @@ def cost(
         moved += 2 * rows * kv_heads * 4 * (copied + math.ceil(copied / tiles.keys) * tiles.keys)
     queries_and_result = 2 * rows * num_queries * heads * q.dtype.itemsize
     moved += queries_and_result * width + math.ceil(rows / tiles.rows) * tiles.rows * q_tiles * tiles.queries * 4
-    return Cost(moved=moved, buffers=buffers(q, k, tiles), **_needed(q, k, visible_end))
+    return Cost(moved=moved, on_chip=buffers(q, k, tiles), **_needed(q, k, visible_end))
 
 
 def gpu_cost(
@@ -92,7 +69,7 @@ def gpu_cost(
     statistics = (2 if tiles.splits == 1 else 3) * programs * padded * 4  # ends; log-sum-exps, which a merge reads
     return Cost(
         moved=2 * keys * kv_heads * head_dim * k.dtype.itemsize + queries * tiles.splits + results + statistics,
-        buffers=tiles.shared(group, head_dim),
+        on_chip=tiles.shared(group, head_dim),
         **_needed(q, k, visible_end),
     )
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from cdlm_jax.kernels.block_attention.common import HIDDEN, padded
+from cdlm_jax.kernels.block_attention.common import HIDDEN, estimate, padded
 from cdlm_jax.kernels.block_attention.tiles import LANES, SCALARS, VMEM, Tiles, heads_at_once, heuristic, vmem
 
 ALIGNED = 8  # copies from HBM bring multiples of so many rows of [S * K, D]
@@ -310,7 +310,7 @@ def block_attention(
         ),
         out_shape=out_shape,
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
-        cost_estimate=_estimate(q, k, k.shape[2] if page_table is None else k.shape[2] * page_table.shape[1]),
+        cost_estimate=estimate(q, k, k.shape[2] if page_table is None else k.shape[2] * page_table.shape[1]),
         interpret=interpret,
         name="block_attention",
     )(
@@ -323,14 +323,3 @@ def block_attention(
         *scales,
     )
     return (out, lse[0].swapaxes(2, 3).reshape(rows, -1, num_heads)[:, :num_queries]) if return_lse else out
-
-
-def _estimate(q: jax.Array, k: jax.Array, slots: int) -> pl.CostEstimate:
-    """For XLA and the planner, which do not know the lengths: as if every query saw all slots of its row."""
-    scores = q.size // q.shape[3] * slots
-    keys = q.shape[0] * slots * k.shape[3] * k.shape[4]
-    return pl.CostEstimate(
-        flops=4 * scores * q.shape[3],
-        transcendentals=scores,
-        bytes_accessed=2 * (keys * k.dtype.itemsize + q.size * q.dtype.itemsize),
-    )

@@ -17,6 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from cdlm_jax import sharding
 from cdlm_jax.chips import is_hopper
+from cdlm_jax.kernels.cost import estimated
 from cdlm_jax.kernels.vocab.mesh import flat, per_device
 from cdlm_jax.kernels.vocab.statistics import LEAST, NO_TOKEN, Rows, nothing, peaks, statistics_shapes, together
 from cdlm_jax.kernels.vocab.xla import sweep
@@ -25,8 +26,7 @@ ROWS = 64  # of a warpgroup's wgmma
 DEPTH = 64  # of d that a stage holds: 128 bytes, the widest swizzle
 ALIGNED = 8  # rows that TMA lays out together, with DEPTH columns
 WIDTH = 8  # columns whose statistics are kept apart: those that lie in the same registers
-SHARED = 227 * 2**10  # bytes of shared memory that a program can have
-RING = 216 * 2**10  # of which the ring has at most
+RING = 216 * 2**10  # bytes of the ring at most, of `chips.HOPPER_SHARED`
 
 # ---- tiles ---------------------------------------------------------------------------------------------------------
 
@@ -185,6 +185,16 @@ def statistics(measure, merge, rows: Rows, head, first, tiles: Tiles, interpret=
     return jax.tree.map(of_rows, jax.tree.unflatten(jax.tree.structure(shapes), out))
 
 
+def estimate(rows: Rows, head) -> pl.CostEstimate:
+    """Hidden rows and head once."""
+    (hidden,), (d, vocab) = rows.hidden, head.shape
+    return pl.CostEstimate(
+        flops=2 * hidden.shape[0] * d * vocab,
+        transcendentals=hidden.shape[0] * vocab,
+        bytes_accessed=hidden.nbytes + head.nbytes,
+    )
+
+
 def of_groups(x, row_tiles: int, tiles: Tiles):
     """[n, 1] -> [row tiles, groups, ROWS]"""
     x = jnp.pad(x[:, 0], (0, row_tiles * tiles.rows - x.shape[0]))
@@ -231,7 +241,8 @@ class Engine:
             def of_columns(so_far, start, size):
                 (head,), first = axes.columns(heads, start, size)
                 tiles = self.tiles or choose(n, size, rows.extra is not None, multiprocessors())
-                new = statistics(measure, merge, rows, head, first, tiles, self.interpret)
+                with estimated(estimate(rows, head)):
+                    new = statistics(measure, merge, rows, head, first, tiles, self.interpret)
                 return merge(so_far, together(new))
 
             start = nothing(statistics_shapes(lambda *given: together(measure(*given)), rows))
