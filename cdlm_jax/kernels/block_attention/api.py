@@ -9,10 +9,8 @@ import jax.numpy as jnp
 from cdlm_jax import sharding
 from cdlm_jax.config import InputError
 from cdlm_jax.kernels.block_attention import gpu, gpu_tiles, reference, tpu, xla
-from cdlm_jax.kernels.block_attention.common import estimate
 from cdlm_jax.kernels.block_attention.mesh import per_device, shapes_per_device
 from cdlm_jax.kernels.block_attention.tiles import choose
-from cdlm_jax.kernels.cost import estimated
 from cdlm_jax.visibility import Span
 
 Implementation = Literal["tpu", "gpu", "xla"]
@@ -161,19 +159,17 @@ def _on_gpu(q, k, v, *, visible_end, layer=None, kv_length=None, page_table=None
     if layer is None:
         k, v = k[None], v[None]
     pages = 0 if page_table is None else page_table.shape[1]
-    slots = k.shape[2] * max(1, pages)
-    with estimated(estimate(q, k, slots)):
-        return gpu.block_attention(
-            q,
-            k,
-            v,
-            visible_end=jnp.clip(reference.limited(visible_end, kv_length), 0, slots),
-            layer=jnp.zeros((), jnp.int32) if layer is None else layer,
-            page_table=page_table,
-            scale=q.shape[-1] ** -0.5 if scale is None else scale,
-            tiles=gpu_tiles.choose(sharding.device().device_kind, q, k, pages),
-            return_lse=return_lse,
-        )
+    return gpu.block_attention(
+        q,
+        k,
+        v,
+        visible_end=jnp.clip(reference.limited(visible_end, kv_length), 0, k.shape[2] * max(1, pages)),
+        layer=jnp.zeros((), jnp.int32) if layer is None else layer,
+        page_table=page_table,
+        scale=q.shape[-1] ** -0.5 if scale is None else scale,
+        tiles=gpu_tiles.choose(sharding.device().device_kind, q, k, pages),
+        return_lse=return_lse,
+    )
 
 
 KERNELS = {"tpu": _on_tpu, "gpu": _on_gpu}

@@ -14,8 +14,9 @@ from jax.experimental.mosaic.gpu.core import LoweringSemantics
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from cdlm_jax.chips import is_hopper
-from cdlm_jax.kernels.block_attention.common import HIDDEN, padded
+from cdlm_jax.kernels.block_attention.common import HIDDEN, estimate, padded
 from cdlm_jax.kernels.block_attention.gpu_tiles import ALIGNED, MOST_ROWS, WGMMA, GpuTiles
+from cdlm_jax.kernels.cost import estimated
 
 LOG2_E = math.log2(math.e)
 GRID = ("rows", "heads", "pieces")  # rows * heads would be more than CUDA's 65535; the last one varies first
@@ -250,7 +251,7 @@ def block_attention(
     parts = jax.ShapeDtypeStruct((*statistics.shape, head_dim), jnp.float32)
     ring = plgpu.SMEM((tiles.stages, keys, head_dim), k.dtype, transforms=SWIZZLED)
     workers = tiles.workers(group)
-    out, lse = plgpu.kernel(
+    kernel = plgpu.kernel(
         partial(
             _kernel,
             tiles=tiles,
@@ -280,14 +281,17 @@ def block_attention(
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=LoweringSemantics.Warpgroup),
         interpret=interpret,
         kernel_name="block_attention",
-    )(
-        by_piece.max(2).reshape(-1),
-        (layer * k.shape[1]).reshape(1),
-        table,
-        folded,
-        q,
-        *[x.reshape(-1, *x.shape[2:]) for x in (k, v)],
     )
+    slots = k.shape[2] * (1 if page_table is None else page_table.shape[1])
+    with estimated(estimate(q, k, slots)):
+        out, lse = kernel(
+            by_piece.max(2).reshape(-1),
+            (layer * k.shape[1]).reshape(1),
+            table,
+            folded,
+            q,
+            *[x.reshape(-1, *x.shape[2:]) for x in (k, v)],
+        )
 
     def by_query(x):
         """[rows, K, P, M, ...] -> [rows, Q, H, ...]."""

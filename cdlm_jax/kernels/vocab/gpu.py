@@ -158,7 +158,7 @@ def statistics(measure, merge, rows: Rows, head, first, tiles: Tiles, interpret=
         return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(swizzle)))
 
     lead = tiles.splits, row_tiles, tiles.groups, *block
-    out = plgpu.kernel(
+    kernel = plgpu.kernel(
         body,
         out_type=[jax.ShapeDtypeStruct(lead, x.dtype) for x in jax.tree.leaves(shapes)],
         scratch_types={
@@ -177,22 +177,14 @@ def statistics(measure, merge, rows: Rows, head, first, tiles: Tiles, interpret=
         kernel_name="vocab_statistics",
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         interpret=interpret,
-    )(hidden, head, first[None], *leaves)
+    )
+    with estimated(pl.CostEstimate(2 * n * d * vocab, n * vocab, hidden.nbytes + head.nbytes)):
+        out = kernel(hidden, head, first[None], *leaves)
 
     def of_rows(x):
         return jnp.moveaxis(x.reshape(tiles.splits, -1, WIDTH)[:, :n], 0, 1).reshape(n, -1)
 
     return jax.tree.map(of_rows, jax.tree.unflatten(jax.tree.structure(shapes), out))
-
-
-def estimate(rows: Rows, head) -> pl.CostEstimate:
-    """Hidden rows and head once."""
-    (hidden,), (d, vocab) = rows.hidden, head.shape
-    return pl.CostEstimate(
-        flops=2 * hidden.shape[0] * d * vocab,
-        transcendentals=hidden.shape[0] * vocab,
-        bytes_accessed=hidden.nbytes + head.nbytes,
-    )
 
 
 def of_groups(x, row_tiles: int, tiles: Tiles):
@@ -241,8 +233,7 @@ class Engine:
             def of_columns(so_far, start, size):
                 (head,), first = axes.columns(heads, start, size)
                 tiles = self.tiles or choose(n, size, rows.extra is not None, multiprocessors())
-                with estimated(estimate(rows, head)):
-                    new = statistics(measure, merge, rows, head, first, tiles, self.interpret)
+                new = statistics(measure, merge, rows, head, first, tiles, self.interpret)
                 return merge(so_far, together(new))
 
             start = nothing(statistics_shapes(lambda *given: together(measure(*given)), rows))
