@@ -11,7 +11,7 @@ compared with XLA and, where they take such a call, JAX's paged, ragged paged an
 the vocabulary with the plain XLA path and with all logits in memory. (Writing into the cache is not timed: chained, it
 would copy the cache that a decoder updates in place.)
 
-A kernel of another kind of device: its platform in `KERNELS` of attention_cases.py and vocab_cases.py (what it is
+A kernel of another kind of device: its platform in `KERNELS` of block_attention_cases.py and vocab_cases.py (what it is
 compared with is in `LIBRARIES`), a machine in `MACHINES` here.
 """
 
@@ -19,7 +19,7 @@ import argparse
 import re
 from pathlib import Path
 
-import attention_cases
+import block_attention_cases
 import jax
 import vocab_cases
 from cases import Case, check, seconds, tune
@@ -29,7 +29,7 @@ from cdlm_jax.config import InputError
 from cdlm_jax.planning import topology
 from cdlm_jax.sharding import MeshConfig
 
-MODULES = (attention_cases, vocab_cases)
+MODULES = (block_attention_cases, vocab_cases)
 MACHINES = {
     "tpu": {name: f"{name}:{shape}" for name, shape in topology.SMALLEST.items()},
     "gpu": {"h100": "h100:1"},

@@ -18,7 +18,7 @@ from jax.experimental.pallas.ops.tpu.ragged_paged_attention import kernel as rag
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))  # where `python benchmarks/kernels.py` looks
 
-import attention_cases
+import block_attention_cases
 import cases
 import kernels
 import vocab_cases
@@ -38,22 +38,22 @@ def block_step(dtype="bfloat16"):
     q = jax.ShapeDtypeStruct((2, 32, 4, 128), dtype)
     k = jax.ShapeDtypeStruct((1, 2, 200, 2, 128), dtype)
     ends = np.repeat(np.array([[150], [70]], np.int32), 32, axis=1)
-    return *attention_cases.normal(q, k, k), jnp.asarray(ends)
+    return *block_attention_cases.normal(q, k, k), jnp.asarray(ends)
 
 
 def is_right(call, prepare, dtype="bfloat16") -> bool:
     arguments = block_step(dtype)
-    return cases.error(jax.jit(call)(*prepare(*arguments)), attention_cases.right(*arguments)) < 0.01
+    return cases.error(jax.jit(call)(*prepare(*arguments)), block_attention_cases.right(*arguments)) < 0.01
 
 
 def test_the_block_step_on_xla_and_paged_attention():
     for name in ("XLA", "paged"):
         with pltpu.force_tpu_interpret_mode():
-            assert is_right(*attention_cases.LIBRARIES["tpu"][name])
+            assert is_right(*block_attention_cases.LIBRARIES["tpu"][name])
 
 
 def test_the_block_step_on_splash():
-    assert is_right(partial(attention_cases.on_splash, interpret=True), attention_cases.for_splash)
+    assert is_right(partial(block_attention_cases.on_splash, interpret=True), block_attention_cases.for_splash)
 
 
 def test_the_block_step_on_ragged_paged_attention(monkeypatch):
@@ -62,31 +62,31 @@ def test_the_block_step_on_ragged_paged_attention(monkeypatch):
     def in_plain_jax(*arguments, num_kv_pages_per_block, num_queries_per_block, **options):
         return ragged.ref_ragged_paged_attention(*arguments, **options)
 
-    monkeypatch.setattr(attention_cases, "ragged_paged_attention", in_plain_jax)
-    call, prepare = attention_cases.LIBRARIES["tpu"]["ragged paged"]
+    monkeypatch.setattr(block_attention_cases, "ragged_paged_attention", in_plain_jax)
+    call, prepare = block_attention_cases.LIBRARIES["tpu"]["ragged paged"]
     arguments = block_step()
-    assert cases.error(call(*prepare(*arguments)), attention_cases.right(*arguments)) < 0.01
+    assert cases.error(call(*prepare(*arguments)), block_attention_cases.right(*arguments)) < 0.01
 
 
 def test_the_block_step_with_searched_tiles():
     q, k, *_ = block_step()
-    found = attention_cases.candidates(q, k, platform="tpu")
+    found = block_attention_cases.candidates(q, k, platform="tpu")
     assert attention_tiles.heuristic(q, k, False) in found and len(set(found)) == len(found) > 8
     with pltpu.force_tpu_interpret_mode():
-        assert is_right(*cases.Compared(attention_cases.with_tiles(found[0], platform="tpu")), dtype="float32")
+        assert is_right(*cases.Compared(block_attention_cases.with_tiles(found[0], platform="tpu")), dtype="float32")
 
 
 @pytest.mark.parametrize("platform", ["tpu", "gpu"])
 def test_every_step_fits_its_cache_and_has_tiles_of_its_own(platform):
     """What its queries see, in the order of its blocks; and no entry is written by two of them."""
-    steps = {step: step.shapes("Dream-7B") for step in attention_cases.STEPS}
+    steps = {step: step.shapes("Dream-7B") for step in block_attention_cases.STEPS}
     for step, (q, k) in steps.items():
         ends = step.ends()
         assert ends.shape == q.shape[:2] and ends.min() > step.context - 32 and ends.max() == k.shape[2]
         assert (np.diff(ends, axis=1) >= 0).all()
     refined = next(step for step in steps if step.name == "commit and refine").ends()
     assert (refined[:, 32:] == refined[:, :32] + 32).all()
-    tuned = [case.tuning.shape for case in attention_cases.cases(platform) if case.tuning]
+    tuned = [case.tuning.shape for case in block_attention_cases.cases(platform) if case.tuning]
     assert len(set(tuned)) == len(tuned)
     assert {shape.split("x")[0] for shape in tuned} == {"32", "64", "1024"}
     long = next(step for step in steps if step.rows == 1)
@@ -94,9 +94,9 @@ def test_every_step_fits_its_cache_and_has_tiles_of_its_own(platform):
 
 
 def test_training_with_gradients():
-    keys = attention_cases.normal(*(jax.ShapeDtypeStruct((2, 40, heads, 64), jnp.float32) for heads in (4, 2, 2)))
+    keys = block_attention_cases.normal(*(jax.ShapeDtypeStruct((2, 40, heads, 64), jnp.float32) for heads in (4, 2, 2)))
     ends = jnp.full((2, 40), 33)
-    (case,) = (each for each in attention_cases.cases("tpu") if each.name == "Dream-7B, training, 4 x 768")
+    (case,) = (each for each in block_attention_cases.cases("tpu") if each.name == "Dream-7B, training, 4 x 768")
     assert [x.shape for x in jax.eval_shape(case.make)] == [(4, 768, 28, 128), *[(4, 768, 4, 128)] * 2, (4, 768)]
     found = case.others["XLA"].call(*keys, ends)
     assert [x.shape for x in found] == [keys[0].shape, *(x.shape for x in keys)]

@@ -9,13 +9,15 @@ from aot.chips import compiled, mesh
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))  # where `python benchmarks/kernels.py` looks
 
-import attention_cases
+import block_attention_cases
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", attention_cases.MODELS)
+@pytest.mark.parametrize("model", block_attention_cases.MODELS)
 def test_the_block_step_compiles_in_every_way(model):
-    case = attention_cases.step_case("tpu", model, next(step for step in attention_cases.STEPS if step.tuned))
+    case = block_attention_cases.step_case(
+        "tpu", model, next(step for step in block_attention_cases.STEPS if step.tuned)
+    )
     arguments = jax.eval_shape(case.make)
     ways = [(call, jax.eval_shape(prepare, *arguments)) for call, prepare in case.others.values()]
     ways.append((case.tuning.call(case.tuning.candidates()[0]), arguments))
