@@ -42,8 +42,8 @@ def block_attention(
       visible_end: int32 [rows, Q], or [1, Q] where all rows have the same.
       valid_start: int32 [rows], the first visible key of each row (left padding).
       own: a second range of visible keys of each query (packed training rows).
-      layer: int32 scalar; k, v (and scales) then have a leading axis of layers, of which this one is used. A kernel
-        reads it where it is, while `k[layer]` would copy it.
+      layer: int32 scalar, or an int; k, v (and scales) then have a leading axis of layers, of which this one is used. A
+        kernel reads it where it is, while `k[layer]` would copy it.
       kv_length: int32 [rows], the slots of each row that hold anything; S if None.
       page_table: int32 [rows, max_pages]: slot j is slot j % page_size of page page_table[row, j // page_size]. Entries
         past a row's last visible key may hold anything.
