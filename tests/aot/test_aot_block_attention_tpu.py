@@ -71,7 +71,7 @@ TIGHT = ("Dream, commit and refine", "LLaDA, commit and refine", "float32, LLaDA
 def test_the_kernel_compiles(chip, case):
     shapes, options = CASES[case]
     with jax.set_mesh(mesh(chip)):
-        program = compiled(lambda shapes: block_attention(**shapes, **options), shapes)
+        program = compiled(lambda shapes: block_attention(**shapes, **options, implementation="tpu"), shapes)
     text = program.as_text()
     assert kernels(text) == ["block_attention"]
     (call,) = [line for line in text.splitlines() if "tpu_custom_call" in line]

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from cdlm_jax import sharding
 from cdlm_jax.config import InputError
 from cdlm_jax.kernels.block_attention import gpu, gpu_tiles, reference, tpu, xla
+from cdlm_jax.kernels.block_attention.cache_write import writes_in_place
 from cdlm_jax.kernels.block_attention.mesh import per_device, shapes_per_device
 from cdlm_jax.kernels.block_attention.tiles import choose
 from cdlm_jax.visibility import Span
@@ -71,6 +72,10 @@ def block_attention(
     if implementation is None:
         platform = sharding.device().platform
         runs = platform in KERNELS and _refusal(platform, q, k, page_table, valid_start, own) is None
+        if platform == "tpu" and layer is not None and page_table is None:
+            runs &= writes_in_place(
+                k, 1
+            )  # else the cache, which XLA then writes, would be copied in front of the kernel
         implementation = platform if runs else "xla"
     elif implementation in KERNELS and (reason := _refusal(implementation, q, k, page_table, valid_start, own)):
         named = f"block_attention's implementation {implementation!r}"
