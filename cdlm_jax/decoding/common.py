@@ -12,6 +12,7 @@ from cdlm_jax.decoding.sampling import measure
 from cdlm_jax.decoding.unmask import Unmask
 from cdlm_jax.kernels.vocab import Confidence, confidence
 from cdlm_jax.kernels.vocab.noise import gumbel, row_seeds
+from cdlm_jax.kernels.vocab.ops import per_row
 from cdlm_jax.models.transformer import Transformer
 from cdlm_jax.sharding import by_rows, check_model, check_rows, local_rows, whole
 from cdlm_jax.visibility import row_end
@@ -86,8 +87,7 @@ def predict(
         return confidence(hidden, model.head, temperature=temperature, key=keys, forbidden=(mask_id,))
     logits = scores = whole(model.unembed(hidden))
     if temperature > 0:  # the noise of `confidence`
-        seeds = jax.tree.map(lambda x: x[..., None], row_seeds(keys, hidden))
-        scores = logits / temperature + gumbel(seeds, jnp.arange(logits.shape[-1]))
+        scores = logits / temperature + gumbel(per_row(row_seeds(keys, hidden)), jnp.arange(logits.shape[-1]))
     token = jnp.argmax(scores.at[..., [mask_id, *banned]].set(-jnp.inf), axis=-1)
     return measure(jax.nn.log_softmax(logits.at[..., [*banned, *unsure]].set(-jnp.inf)), token, mask_id)
 

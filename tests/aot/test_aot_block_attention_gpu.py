@@ -9,27 +9,22 @@ import re
 import jax
 import pytest
 from aot.chips import compiled, kernels, mesh
+from aot.test_aot_block_attention_tpu import CASES as ON_TPU
 from aot.test_aot_block_attention_tpu import DREAM, LLADA, arguments
-from aot.test_aot_decode_tpu import DREAM as DREAM_7B
 from aot.test_aot_decode_tpu import LENGTH, PROMPT, ROWS, decoder
-from aot.test_aot_decode_tpu import LLADA as LLADA_8B
+from published import DREAM as DREAM_7B
+from published import LLADA as LLADA_8B
 
 from cdlm_jax.config import InputError
 from cdlm_jax.kernels.block_attention import block_attention
 from cdlm_jax.sharding import MeshConfig
 
-CASES = {
-    "Dream, block": (arguments(32, 32, *DREAM, 1056), {}),
-    "LLaDA, block": (arguments(32, 32, *LLADA, 1056), {}),
-    "Dream, commit and refine": (arguments(32, 64, *DREAM, 1056), {}),
-    "LLaDA, commit and refine": (arguments(32, 64, *LLADA, 1056), {}),
-    "Dream, prefill": (arguments(4, 500, *DREAM, 700), {}),
-    "LLaDA, prefill": (arguments(4, 500, *LLADA, 700), {}),
+BOTH = [f"{model}, {forward}" for forward in ("block", "commit and refine", "prefill") for model in ("Dream", "LLaDA")]
+CASES = {name: ON_TPU[name] for name in (*BOTH, "three key heads of 64")} | {
     "Dream, one row": (arguments(1, 32, *DREAM, 32768), {"return_lse": True}),
     "LLaDA, one row": (arguments(1, 32, *LLADA, 32768), {}),
     "small pages": (arguments(8, 32, *DREAM, 1024, paged=True), {"return_lse": True}),
     "one key head, odd slots": (arguments(3, 12, 7, 1, 128, 1001), {"return_lse": True}),
-    "three key heads of 64": (arguments(8, 32, 9, 3, 64, 1000), {}),
 }
 IDS = ["Dream", "Dream, tensor 4", "LLaDA, tensor 2"]
 FAST = ("Dream, block", "LLaDA, prefill", "Dream, one row", "small pages")

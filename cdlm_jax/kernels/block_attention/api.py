@@ -8,10 +8,9 @@ import jax.numpy as jnp
 
 from cdlm_jax import sharding
 from cdlm_jax.config import InputError
-from cdlm_jax.kernels.block_attention import gpu, gpu_tiles, reference, tpu, xla
+from cdlm_jax.kernels.block_attention import gpu, gpu_tiles, reference, tiles, tpu, xla
 from cdlm_jax.kernels.block_attention.cache_write import writes_in_place
 from cdlm_jax.kernels.block_attention.mesh import per_device, shapes_per_device
-from cdlm_jax.kernels.block_attention.tiles import choose
 from cdlm_jax.visibility import Span
 
 Implementation = Literal["tpu", "gpu", "xla"]
@@ -52,7 +51,7 @@ def block_attention(
         multiplied by.
       scale: what scores are multiplied by, positive; 1 / sqrt(D) if None.
       implementation: "tpu", "gpu" (Pallas; no gradient, which `training_attention` has) or "xla"; None is the device's
-        kernel, if it has one that takes these arguments, else "xla".
+        kernel, if it has one that takes these arguments without a copy of the cache, else "xla".
       return_lse: also return each query's log-sum-exp of scaled scores, by which results over parts of the keys merge.
 
     Returns:
@@ -70,13 +69,7 @@ def block_attention(
     )
     layer = None if layer is None else jnp.asarray(layer, jnp.int32)
     if implementation is None:
-        platform = sharding.device().platform
-        runs = platform in KERNELS and _refusal(platform, q, k, page_table, valid_start, own) is None
-        if platform == "tpu" and layer is not None and page_table is None:
-            runs &= writes_in_place(
-                k, 1
-            )  # else the cache, which XLA then writes, would be copied in front of the kernel
-        implementation = platform if runs else "xla"
+        implementation = _device_s(q, k, layer, page_table, valid_start, own)
     elif implementation in KERNELS and (reason := _refusal(implementation, q, k, page_table, valid_start, own)):
         named = f"block_attention's implementation {implementation!r}"
         raise InputError(f"{named} cannot run here: {reason}; allowed: 'xla'")
@@ -103,7 +96,7 @@ def block_attention(
         if implementation == "xla":
             result = reference.block_attention(q, k, v, scale=scale, **options)
             return result if return_lse else result[0]
-        kernel = partial(KERNELS[implementation], scale=scale, return_lse=return_lse)
+        kernel = partial(_on_kernel, implementation, scale=scale, return_lse=return_lse)
         return _without_gradient(kernel, implementation)(q, k, v, options)
 
     return per_device(local, q, k, v, options, return_lse)
@@ -122,49 +115,23 @@ def _without_gradient(kernel, implementation: str):
     return called
 
 
-def _on_tpu(
-    q,
-    k,
-    v,
-    *,
-    visible_end,
-    layer=None,
-    kv_length=None,
-    page_table=None,
-    k_scale=None,
-    v_scale=None,
-    scale,
-    return_lse,
+KERNELS = {"tpu": (tpu, tiles), "gpu": (gpu, gpu_tiles)}  # platform -> the kernel, and how its work is cut
+
+
+def _on_kernel(
+    implementation, q, k, v, *, visible_end, layer=None, kv_length=None, page_table=None, scale, return_lse, **scales
 ):
-    """Completes the arguments of the kernel."""
+    """Completes the arguments of the kernel. scales: int8's, which the TPU's alone takes."""
     if layer is None:
         k, v = k[None], v[None]
-    elif k_scale is not None:
-        k_scale, v_scale = k_scale[layer], v_scale[layer]
-    if page_table is not None and k_scale is not None:
-        k_scale, v_scale = (reference.dense_scale(each, page_table) for each in (k_scale, v_scale))
-    slots = k.shape[2] if page_table is None else k.shape[2] * page_table.shape[1]
-    return tpu.block_attention(
-        q,
-        k,
-        v,
-        visible_end=jnp.clip(reference.limited(visible_end, kv_length), 0, slots),
-        layer=jnp.zeros((), jnp.int32) if layer is None else layer,
-        page_table=page_table,
-        k_scale=k_scale,
-        v_scale=v_scale,
-        scale=q.shape[-1] ** -0.5 if scale is None else scale,
-        tiles=choose(sharding.device().device_kind, q, k, page_table is not None),
-        return_lse=return_lse,
-    )
-
-
-def _on_gpu(q, k, v, *, visible_end, layer=None, kv_length=None, page_table=None, scale, return_lse):
-    """Completes the arguments of the kernel."""
-    if layer is None:
-        k, v = k[None], v[None]
-    pages = 0 if page_table is None else page_table.shape[1]
-    return gpu.block_attention(
+    else:
+        scales = {name: each[layer] for name, each in scales.items()}
+    pages = 0
+    if page_table is not None:
+        pages = page_table.shape[1]
+        scales = {name: reference.dense_scale(each, page_table) for name, each in scales.items()}
+    kernel, cut = KERNELS[implementation]
+    return kernel.block_attention(
         q,
         k,
         v,
@@ -172,12 +139,20 @@ def _on_gpu(q, k, v, *, visible_end, layer=None, kv_length=None, page_table=None
         layer=jnp.zeros((), jnp.int32) if layer is None else layer,
         page_table=page_table,
         scale=q.shape[-1] ** -0.5 if scale is None else scale,
-        tiles=gpu_tiles.choose(sharding.device().device_kind, q, k, pages),
+        tiles=cut.choose(sharding.device().device_kind, q, k, pages),
         return_lse=return_lse,
+        **scales,
     )
 
 
-KERNELS = {"tpu": _on_tpu, "gpu": _on_gpu}
+def _device_s(q, k, layer, page_table, valid_start, own) -> Implementation:
+    """The device's kernel, if it takes these arguments without a copy of the cache, else XLA."""
+    platform = sharding.device().platform
+    if platform not in KERNELS or _refusal(platform, q, k, page_table, valid_start, own):
+        return "xla"
+    # XLA writes such a cache, in a layout that the kernel cannot read.
+    copied = platform == "tpu" and layer is not None and page_table is None and not writes_in_place(k, 1)
+    return "xla" if copied else platform
 
 
 def _refusal(implementation, q, k, page_table, valid_start, own) -> str | None:

@@ -13,6 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from cdlm_jax import sharding
+from cdlm_jax.kernels.block_attention.mesh import alone
 from cdlm_jax.kernels.block_attention.tiles import SCALARS
 
 SLOTS = SCALARS // 2  # of a program, while the next one's are fetched
@@ -54,7 +55,7 @@ def writes_in_place(cache: jax.Array, queries: int) -> bool:
 
 def sharded_cache_write(k_cache, v_cache, k, v, *, layer, slots, interpret=False):
     """`cache_write` on the current mesh: every device writes its own rows and key heads."""
-    if not sharding.mesh_sizes():
+    if alone():
         return cache_write(k_cache, v_cache, k, v, layer=layer, slots=slots, interpret=interpret)
     cache, new = jax.typeof(k_cache).sharding.spec, jax.typeof(k).sharding.spec
     return jax.shard_map(

@@ -282,8 +282,7 @@ def block_attention(
         interpret=interpret,
         kernel_name="block_attention",
     )
-    slots = k.shape[2] * (1 if page_table is None else page_table.shape[1])
-    with estimated(estimate(q, k, slots)):
+    with estimated(estimate(q, k, page_table)):
         out, lse = kernel(
             by_piece.max(2).reshape(-1),
             (layer * k.shape[1]).reshape(1),

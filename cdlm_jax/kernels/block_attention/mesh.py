@@ -15,7 +15,7 @@ def per_device(local, q, k, v, options, return_lse=False):
 
     Pages are whole on every device, but for the key heads; page tables are split by rows.
     """
-    if _alone():
+    if alone():
         return local(q, k, v, options)
     of_q = jax.typeof(q).sharding.spec
     rows, heads = of_q[0], of_q[2]
@@ -51,7 +51,7 @@ def shapes_per_device(q: jax.Array, k: jax.Array, paged: bool) -> tuple[jax.Shap
     return jax.ShapeDtypeStruct(of_q, q.dtype), jax.ShapeDtypeStruct(of_k, k.dtype)
 
 
-def _alone() -> bool:
+def alone() -> bool:
     """Whether arrays are those of one device: there is no mesh, or this is inside of a `jax.shard_map`."""
     mesh = jax.sharding.get_abstract_mesh()
     return mesh.empty or mesh.are_all_axes_manual or not sharding.mesh_sizes()

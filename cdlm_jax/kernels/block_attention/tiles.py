@@ -27,10 +27,11 @@ class Tiles:
     chunk: int = 32
 
 
-def choose(device_kind: str, q: jax.Array, k: jax.Array, paged: bool) -> Tiles:
-    """Tiles for q [rows, Q, heads, D] and k [..., rows, S, kv_heads, D] (or pages of S slots) on one device."""
-    tuned = measured(device_kind, q, k)
-    return Tiles(**tuned) if tuned and not paged else heuristic(q, k, paged)
+def choose(device_kind: str, q: jax.Array, k: jax.Array, pages: int = 0) -> Tiles:
+    """Tiles for q [rows, Q, heads, D] and k [..., rows, S, kv_heads, D] on one device, or for rows of so many pages of
+    S slots."""
+    tuned = {} if pages else measured(device_kind, q, k)
+    return Tiles(**tuned) if tuned else heuristic(q, k, bool(pages))
 
 
 def measured(device_kind: str, q: jax.Array, k: jax.Array) -> dict[str, int]:

@@ -310,7 +310,7 @@ def block_attention(
         ),
         out_shape=out_shape,
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
-        cost_estimate=estimate(q, k, k.shape[2] if page_table is None else k.shape[2] * page_table.shape[1]),
+        cost_estimate=estimate(q, k, page_table),
         interpret=interpret,
         name="block_attention",
     )(
