@@ -317,7 +317,7 @@ def config_of(name: str):
     return module.get_config()
 
 
-def tiny_recipe(**architecture) -> Recipe:
+def tiny_recipe(batch_size: int = 8, **architecture) -> Recipe:
     config = config_of("dream_7b")
     sizes = {
         "vocab_size": VOCAB,
@@ -330,8 +330,8 @@ def tiny_recipe(**architecture) -> Recipe:
     ids = {"mask_token_id": 6000, "eos_token_id": 6001, "pad_token_id": 6001}
     config.architecture.update(sizes | ids | architecture)
     config.prompt_length, config.gen_length, config.block_size = 24, 32, 8
-    config.distill.update(batch_size=8, accumulate=1, lora_rank=4)
-    config.collect.batch_size = 8
+    config.distill.update(batch_size=batch_size, accumulate=1, lora_rank=4)
+    config.collect.batch_size = batch_size
     return build(Recipe, config, "config")
 
 
@@ -435,9 +435,9 @@ has_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reas
 @pytest.mark.parametrize(
     ("recipe", "topology", "devices", "most_flops", "most_entries"),
     [
-        # A device holds a quarter of the embedding's and the head's 64 columns, and 2 rows of 32 positions.
-        ("tiny_recipe()", "v5e:2x2", 4, RATIOS["distill"], VOCAB * 64),
-        # And here a sixteenth of the embedding's 3,584 columns, and 4 rows of 256 positions in the response.
+        # A device has 8 rows of 32 positions in the response, twice as many as the head, put together, has of d.
+        ("tiny_recipe(batch_size=32)", "v5e:2x2", 4, RATIOS["distill"], VOCAB * 8 * 32),
+        # And here 4 rows of 256 positions, and a sixteenth of the 3,584 columns of the embedding.
         ('build(Recipe, config_of("dream_7b"), "config")', "v5e:4x4", 16, 1.15, 152_064 * 4 * 256),
     ],
 )
