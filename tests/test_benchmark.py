@@ -55,7 +55,7 @@ def make(models, work, **changes):
         "batch_sizes": (1, 2),
         "repetitions": 2,
         "latency_problems": 2,
-        "batch_size": 4,
+        "batch_size": 2,
     }
     return BenchmarkConfig(**(given | changes))
 

@@ -166,15 +166,15 @@ def test_the_causal_loss_is_the_mean_over_each_answer():
     batch["answer"][1:, 2:] = CONFIG.eos_token_id  # the first answer has no EOS
     graphdef, trainable, rest = nnx.split(model, nnx.Param, ...)
     loss, _ = causal.make_loss(graphdef)(trainable, rest, batch, None, jnp.int32(0))
+    forward = jax.jit(lambda tokens: model.unembed(model(tokens, visible_end=jnp.arange(1, tokens.size + 1)[None])))
     expected = []
     for row, length in enumerate(batch["prompt_length"]):
         tokens, counted = [*batch["prompt"][row, :length], *batch["answer"][row]], LENGTH if row == 0 else 3
         nll = []
-        for i in range(length, length + counted):  # one prefix at a time: the last row predicts the next token
-            log_q = log_softmax(
-                wide(model.unembed(model(jnp.array([tokens[:i]]), visible_end=jnp.arange(1, i + 1)[None])))
-            )
-            nll.append(-log_q[0, -1, tokens[i]])
+        for i in range(length, length + counted):  # one prefix at a time, then filler: its last row predicts the next
+            prefix = np.zeros((1, PROMPT_MAX + LENGTH), np.int32)
+            prefix[0, :i] = tokens[:i]
+            nll.append(-log_softmax(wide(forward(prefix)))[0, i - 1, tokens[i]])
         expected.append(np.mean(nll))
     np.testing.assert_allclose(loss, np.mean(expected), rtol=1e-5)
 

@@ -209,6 +209,43 @@ def test_traffic_counts_slices_of_stacked_weights_once():
     assert stack_bytes < moved < 4 * stack_bytes
 
 
+RELABELED = """
+relabel (a: bf16[28,64,32]) -> bf16[28,64,32] {
+  %a = bf16[28,64,32]{2,1,0:T(16,128)(2,1)} parameter(0)
+  ROOT %c = bf16[28,64,32]{2,1,0:T(8,128)(2,1)} copy(%a)
+}
+
+layer (b: bf16[28,64,32], i: s32[]) -> bf16[64,32] {
+  %b = bf16[28,64,32]{2,1,0:T(16,128)(2,1)} parameter(0)
+  %r = bf16[28,64,32]{2,1,0:T(8,128)(2,1)} fusion(%b), kind=kLoop, calls=%relabel
+  %i = s32[] parameter(1)
+  %o = s32[] constant(0)
+  %s = bf16[1,64,32]{2,1,0:T(8,128)(2,1)} dynamic-slice(%r, %i, %o, %o), dynamic_slice_sizes={1,64,32}
+  ROOT %l = bf16[64,32]{1,0:T(8,128)(2,1)} bitcast(%s)
+}
+
+product (x: bf16[8,64], w: bf16[28,64,32], j: s32[]) -> bf16[8,32] {
+  %x = bf16[8,64]{1,0} parameter(0)
+  %w = bf16[28,64,32]{2,1,0:T(16,128)(2,1)} parameter(1)
+  %j = s32[] parameter(2)
+  %m = bf16[64,32]{1,0:T(8,128)(2,1)} fusion(%w, %j), kind=kLoop, calls=%layer
+  ROOT %d = bf16[8,32]{1,0} dot(%x, %m), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+ENTRY main (x: bf16[8,64], w: bf16[28,64,32], j: s32[]) -> bf16[8,32] {
+  %x = bf16[8,64]{1,0} parameter(0)
+  %w = bf16[28,64,32]{2,1,0:T(16,128)(2,1)} parameter(1)
+  %j = s32[] parameter(2)
+  ROOT %one = bf16[8,32]{1,0} fusion(%x, %w, %j), kind=kOutput, calls=%product
+}
+"""
+
+
+def test_traffic_counts_the_layer_behind_a_change_of_layout():
+    """As for TPU7x: in a fusion, a copy of the whole stack says how to read the piece that is taken."""
+    assert cost(RELABELED).bytes == 2 * (8 * 64 + 64 * 32 + 8 * 32) + 4
+
+
 UPDATE = """
 piece (a: f32[100,4], b: s32[2,1], c: f32[2,4]) -> f32[100,4] {
   %a = f32[100,4]{1,0} parameter(0)

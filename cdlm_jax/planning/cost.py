@@ -215,7 +215,7 @@ def _fusion_traffic(program: Program, computation: Computation, fusion: Instruct
     for number, name in enumerate(fusion.operands):
         outer = computation.instructions[name].arrays
         if number not in carried_in and _main(outer):
-            total += _read(program, inner, number)
+            total += _read(program, inner, inner.parameter(number))
     root = inner.instructions[inner.root]
     results = root.operands if root.opcode == "tuple" else (inner.root,)
     for number, (name, array) in enumerate(zip(results, fusion.arrays, strict=False)):
@@ -235,22 +235,20 @@ def _carried(inner: Computation, fusion: Instruction) -> tuple[set[int], set[int
     return {int(operand) for _, operand in pairs}, {int(result or 0) for result, _ in pairs}
 
 
-def _read(program: Program, inner: Computation, number: int) -> int:
+def _read(program: Program, inner: Computation, parameter: Instruction) -> int:
     """Bytes that a fusion reads of its parameter: all, or the slices that it takes, or none where it overwrites it."""
-    name, parameter = next(
-        (name, each)
-        for name, each in inner.instructions.items()
-        if each.opcode == "parameter" and each.value == str(number)
-    )
-    total = 0
+    names, total = {parameter.name}, 0
     for user in inner.instructions.values():
         for place, operand in enumerate(user.operands):
-            if operand != name:
+            if operand not in names:
                 continue
             if user.opcode in ("dynamic-slice", "slice", "gather") and place == 0:
                 total += total_bytes(user.arrays)
             elif user.opcode == "fusion":
-                total += _read(program, program.computations[name_of(user.attribute("calls"))], place)
+                nested = program.computations[name_of(user.attribute("calls"))]
+                total += _read(program, nested, nested.parameter(place))
+            elif user.opcode in ("copy", "bitcast") and user.name != inner.root:
+                names.add(user.name)  # nothing is copied within a fusion: what is read is what is taken of the copy
             elif not (user.opcode in UPDATES and place == 0):
                 return total_bytes(parameter.arrays)
     return min(total, total_bytes(parameter.arrays))

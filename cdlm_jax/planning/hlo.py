@@ -76,6 +76,10 @@ class Computation:
     instructions: dict[str, Instruction]
     root: str
 
+    def parameter(self, number: int) -> Instruction:
+        found = (x for x in self.instructions.values() if x.opcode == "parameter" and x.value == str(number))
+        return next(found)
+
     def source(self, name: str) -> Instruction:
         """Where a value comes from, past copies."""
         instruction = self.instructions[name]
@@ -102,7 +106,21 @@ def parse(text: str) -> Program:
             computations[name], name = _computation(lines), None
         else:
             lines.append(line)
-    return Program(computations, entry)
+    return Program({name: _unwrapped(each, computations) for name, each in computations.items()}, entry)
+
+
+def _unwrapped(computation: Computation, computations: dict[str, Computation]) -> Computation:
+    """With copies for the fusions that only copy: TPU7x's compiler changes layouts by such, inside of others too."""
+    instructions = dict(computation.instructions)
+    for name, fusion in instructions.items():
+        if fusion.opcode != "fusion":
+            continue
+        inner = computations[name_of(fusion.attribute("calls"))]
+        source = inner.source(inner.root)
+        if source.opcode == "parameter":
+            copied = fusion.operands[int(source.value)]
+            instructions[name] = dataclasses.replace(fusion, opcode="copy", operands=(copied,))
+    return dataclasses.replace(computation, instructions=instructions)
 
 
 def _computation(lines: list[str]) -> Computation:

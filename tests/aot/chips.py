@@ -11,6 +11,7 @@ from cdlm_jax.planning import topology
 from cdlm_jax.sharding import MeshConfig
 
 SLICES = topology.SMALLEST
+QUICK = {"exec_time_optimization_effort": -1.0}  # compiler options
 
 
 def mesh(chip: str, config: MeshConfig | None = None) -> jax.sharding.Mesh:
@@ -24,16 +25,16 @@ def mesh(chip: str, config: MeshConfig | None = None) -> jax.sharding.Mesh:
     return sharding.make_mesh(config or MeshConfig(fsdp=1), list(devices)[:count])
 
 
-def compiled(function, *arguments, **keywords):
+def compiled(function, *arguments, optimized: bool = False):
     """function compiled for the current mesh; arguments are ShapeDtypeStructs, whole on every device unless they say
-    otherwise."""
+    otherwise. Quickly, unless `optimized`: kernels are compiled alike, what surrounds them is fused less."""
     everywhere = jax.NamedSharding(jax.sharding.get_mesh(), jax.P())
 
     def placed(x):
         return x if x.sharding is not None else jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere)
 
-    arguments, keywords = jax.tree.map(placed, (arguments, keywords))
-    return jax.jit(function).lower(*arguments, **keywords).compile()
+    lowered = jax.jit(function).lower(*jax.tree.map(placed, arguments))
+    return lowered.compile(compiler_options={} if optimized else QUICK)
 
 
 def kernels(text: str) -> list[str]:
