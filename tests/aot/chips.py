@@ -11,7 +11,7 @@ from cdlm_jax.planning import topology
 from cdlm_jax.sharding import MeshConfig
 
 SLICES = topology.SMALLEST
-QUICK = {"exec_time_optimization_effort": -1.0}  # compiler options
+QUICK = {"optimization_level": 9}  # compiler options: O0 of XLA's levels of effort
 
 
 def mesh(chip: str, config: MeshConfig | None = None) -> jax.sharding.Mesh:
