@@ -149,6 +149,8 @@ def test_a_loop_without_a_known_trip_count():
     """A TPU's programs do not say how often a loop runs: it is in the condition."""
     assert cost(LOOP).flops == 28 * 2 * 4 * 4 * 4
     assert cost(LOOP.replace("constant(0)", "constant(8)")).flops == 20 * 2 * 4 * 4 * 4
+    unrolled = LOOP.replace("constant(1)", "constant(3)")
+    assert cost(unrolled).flops == 10 * 2 * 4 * 4 * 4  # the tenth starts at 27
     assert cost(LOOP.replace("direction=LT", "direction=NE"), lambda loop: 3).flops == 3 * 2 * 4 * 4 * 4
 
 

@@ -159,7 +159,8 @@ def _closing(text: str) -> int:
 
 
 def trip_count(program: Program, computation: Computation, loop: Instruction) -> int | None:
-    """How often a `while` runs its body; None if its data say so. Loops of JAX count up to a constant."""
+    """How often a `while` runs its body; None if its data say so. Loops count up to a constant: JAX's by 1, XLA's own,
+    such as products whose operands arrive in pieces, by more where they are unrolled."""
     known = re.search(r'known_trip_count"?[:=]\s*\{"n":"?(\d+)', loop.attributes)
     if known:
         return int(known[1])
@@ -175,8 +176,9 @@ def trip_count(program: Program, computation: Computation, loop: Instruction) ->
     counter, limit = sorted((condition.source(name) for name in test.operands), key=lambda x: x.opcode == "constant")
     if limit.opcode != "constant" or counter.opcode != "get-tuple-element":
         return None
-    start = _start(computation, loop, int(counter.attribute("index")))
-    return max(0, int(limit.value) - start)
+    index = int(counter.attribute("index"))
+    start, step = _start(computation, loop, index), _step(program.computations[name_of(loop.attribute("body"))], index)
+    return max(0, math.ceil((int(limit.value) - start) / step))
 
 
 def _start(computation: Computation, loop: Instruction, index: int) -> int:
@@ -187,6 +189,17 @@ def _start(computation: Computation, loop: Instruction, index: int) -> int:
         if first.opcode == "constant" and re.fullmatch(r"-?\d+", first.value):
             return int(first.value)
     return 0
+
+
+def _step(body: Computation, index: int) -> int:
+    """What a round adds to a loop's counter: 1 unless the text says otherwise."""
+    root = body.instructions[body.root]
+    added = body.source(root.operands[index]) if root.opcode == "tuple" else root
+    if added.opcode == "add":
+        for term in map(body.source, added.operands):
+            if term.opcode == "constant" and re.fullmatch(r"[1-9]\d*", term.value):
+                return int(term.value)
+    return 1
 
 
 def name_of(reference: str) -> str:
