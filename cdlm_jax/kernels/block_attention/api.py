@@ -14,6 +14,7 @@ from cdlm_jax.kernels.block_attention.mesh import per_device, shapes_per_device
 from cdlm_jax.visibility import Span
 
 Implementation = Literal["tpu", "gpu", "xla"]
+KERNELS = {"tpu": (tpu, tiles), "gpu": (gpu, gpu_tiles)}  # platform -> the kernel, and how its work is cut
 
 
 def block_attention(
@@ -69,7 +70,7 @@ def block_attention(
     )
     layer = None if layer is None else jnp.asarray(layer, jnp.int32)
     if implementation is None:
-        implementation = _device_s(q, k, layer, page_table, valid_start, own)
+        implementation = _default(q, k, layer, page_table, valid_start, own)
     elif implementation in KERNELS and (reason := _refusal(implementation, q, k, page_table, valid_start, own)):
         named = f"block_attention's implementation {implementation!r}"
         raise InputError(f"{named} cannot run here: {reason}; allowed: 'xla'")
@@ -115,9 +116,6 @@ def _without_gradient(kernel, implementation: str):
     return called
 
 
-KERNELS = {"tpu": (tpu, tiles), "gpu": (gpu, gpu_tiles)}  # platform -> the kernel, and how its work is cut
-
-
 def _on_kernel(
     implementation, q, k, v, *, visible_end, layer=None, kv_length=None, page_table=None, scale, return_lse, **scales
 ):
@@ -145,7 +143,7 @@ def _on_kernel(
     )
 
 
-def _device_s(q, k, layer, page_table, valid_start, own) -> Implementation:
+def _default(q, k, layer, page_table, valid_start, own) -> Implementation:
     """The device's kernel, if it takes these arguments without a copy of the cache, else XLA."""
     platform = sharding.device().platform
     if platform not in KERNELS or _refusal(platform, q, k, page_table, valid_start, own):
