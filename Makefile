@@ -17,9 +17,8 @@ TEST_STAMP := $(VENV)/.installed-test
 quickstart: $(PACKAGE_STAMP)
 	$(BIN)/cdlm quickstart
 
-# Nearly all of their time is compiling, of programs that hardly run: on a CPU, XLA's code generator makes less of an effort.
 test: $(TEST_STAMP)
-	XLA_FLAGS="$$XLA_FLAGS --xla_backend_optimization_level=1" $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 test-slow: $(TEST_STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow

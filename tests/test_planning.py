@@ -356,7 +356,7 @@ def config_of(name: str):
     return module.get_config()
 
 
-def tiny_recipe(batch_size: int = 8, **architecture) -> Recipe:
+def tiny_recipe(**architecture) -> Recipe:
     config = config_of("dream_7b")
     sizes = {
         "vocab_size": VOCAB,
@@ -369,8 +369,8 @@ def tiny_recipe(batch_size: int = 8, **architecture) -> Recipe:
     ids = {"mask_token_id": 6000, "eos_token_id": 6001, "pad_token_id": 6001}
     config.architecture.update(sizes | ids | architecture)
     config.prompt_length, config.gen_length, config.block_size = 24, 32, 8
-    config.distill.update(batch_size=batch_size, accumulate=1, lora_rank=4)
-    config.collect.batch_size = batch_size
+    config.distill.update(batch_size=8, accumulate=1, lora_rank=4)
+    config.collect.batch_size = 8
     return build(Recipe, config, "config")
 
 
@@ -474,9 +474,10 @@ has_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reas
 @pytest.mark.parametrize(
     ("recipe", "topology", "devices", "most_flops", "most_entries"),
     [
-        # A device has 8 rows of 32 positions in the response, twice as many as the head, put together, has of d.
-        ("tiny_recipe(batch_size=32)", "v5e:2x2", 4, RATIOS["distill"], VOCAB * 8 * 32),
-        # And here 4 rows of 256 positions, and a sixteenth of the 3,584 columns of the embedding.
+        # A device holds a quarter of the embedding and the head (d 128), and 2 rows of 32 positions. The vocabulary
+        # is prime, and more than the columns of the head that are put together at a time (`vocab.mesh`).
+        ("tiny_recipe(vocab_size=16411)", "v5e:2x2", 4, RATIOS["distill"], 16411 * 64),
+        # And here a sixteenth of the embedding's 3,584 columns, and 4 rows of 256 positions in the response.
         ('build(Recipe, config_of("dream_7b"), "config")', "v5e:4x4", 16, 1.15, 152_064 * 4 * 256),
     ],
 )

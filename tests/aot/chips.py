@@ -11,7 +11,6 @@ from cdlm_jax.planning import topology
 from cdlm_jax.sharding import MeshConfig
 
 SLICES = topology.SMALLEST
-QUICK = {"optimization_level": 9}  # compiler options: O0 of XLA's levels of effort
 
 
 def mesh(chip: str, config: MeshConfig | None = None) -> jax.sharding.Mesh:
@@ -25,16 +24,15 @@ def mesh(chip: str, config: MeshConfig | None = None) -> jax.sharding.Mesh:
     return sharding.make_mesh(config or MeshConfig(fsdp=1), list(devices)[:count])
 
 
-def compiled(function, *arguments, optimized: bool = False):
+def compiled(function, *arguments):
     """function compiled for the current mesh; arguments are ShapeDtypeStructs, whole on every device unless they say
-    otherwise. Quickly, unless `optimized`: kernels are compiled alike, what surrounds them is fused less."""
+    otherwise."""
     everywhere = jax.NamedSharding(jax.sharding.get_mesh(), jax.P())
 
     def placed(x):
         return x if x.sharding is not None else jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere)
 
-    lowered = jax.jit(function).lower(*jax.tree.map(placed, arguments))
-    return lowered.compile(compiler_options={} if optimized else QUICK)
+    return jax.jit(function).lower(*jax.tree.map(placed, arguments)).compile()
 
 
 def kernels(text: str) -> list[str]:

@@ -64,8 +64,7 @@ def test_the_cache_stays_where_it_is(merge_commit):
     sizes = {"hidden_size": 512, "num_layers": 6, "num_heads": 4, "num_kv_heads": 4, "mlp_size": 512}
     ids = {"vocab_size": 1024, "mask_token_id": 5, "eos_token_id": 6, "pad_token_id": 6}
     with jax.set_mesh(mesh("h100")):
-        small = dataclasses.replace(LLADA_8B, **sizes, **ids)
-        text = decoder(small, optimized=True, merge_commit=merge_commit).as_text()
+        text = decoder(dataclasses.replace(LLADA_8B, **sizes, **ids), merge_commit=merge_commit).as_text()
     assert kernels(text) == ["block_attention"] * (3 if merge_commit else 2) + ["vocab_statistics"]
     cache = rf"= bf16\[(?:6,{ROWS}|1,{ROWS}|{6 * ROWS}|{ROWS}),{PROMPT + LENGTH},4,128\]\S* "
     assert re.search(cache + r"bitcast\(", text)

@@ -18,7 +18,7 @@ from cdlm_jax.sharding import MeshConfig
 ROWS, PROMPT, LENGTH, BLOCK = 8, 768, 256, 32
 
 
-def decoder(model: ModelConfig, *, optimized: bool = False, **options):
+def decoder(model: ModelConfig, **options):
     """`cdlm.generate` in bfloat16, compiled for the current mesh."""
     weights = abstract(model, jnp.bfloat16)
     placed = [
@@ -30,7 +30,7 @@ def decoder(model: ModelConfig, *, optimized: bool = False, **options):
     prompts = jax.ShapeDtypeStruct((ROWS, PROMPT), jnp.int32, sharding=rows)
     lengths = jax.ShapeDtypeStruct((ROWS,), jnp.int32, sharding=rows)
     config = cdlm.Config(gen_length=LENGTH, block_size=BLOCK, **options)
-    return compiled(lambda *inputs: cdlm.generate(*inputs, config), weights, prompts, lengths, optimized=optimized)
+    return compiled(lambda *inputs: cdlm.generate(*inputs, config), weights, prompts, lengths)
 
 
 def inside(forwards: int) -> list[str]:
@@ -53,8 +53,7 @@ def test_the_cache_stays_where_it_is(merge_commit):
     sizes = {"hidden_size": 512, "num_layers": 6, "num_heads": 4, "num_kv_heads": 4, "mlp_size": 512}
     ids = {"vocab_size": 1024, "mask_token_id": 5, "eos_token_id": 6, "pad_token_id": 6}
     with jax.set_mesh(mesh("v5e")):
-        small = dataclasses.replace(LLADA, **sizes, **ids)
-        text = decoder(small, optimized=True, merge_commit=merge_commit).as_text()
+        text = decoder(dataclasses.replace(LLADA, **sizes, **ids), merge_commit=merge_commit).as_text()
     assert kernels(text) == inside(forwards=3 if merge_commit else 2)
     assert f"bf16[6,{ROWS},{PROMPT + LENGTH},4,128]" in text
     assert not re.findall(rf"= bf16\[(?:6|1),{ROWS},{PROMPT + LENGTH},\S* (?:copy|dynamic-slice)\(", text)

@@ -7,7 +7,7 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
-from aot.chips import QUICK, SLICES, compiled, mesh
+from aot.chips import SLICES, compiled, mesh
 from test_planning import tiny_recipe
 
 from cdlm_jax.config import InputError
@@ -84,7 +84,7 @@ def test_the_distillation_step_compiles_on_a_mesh(tensor, mode):
     changes = {"mode": mode, "consistency_scope": "same_block"} if mode == "packed" else {}
     recipe = dataclasses.replace(recipe, distill=dataclasses.replace(recipe.distill, **changes))
     with jax.set_mesh(mesh("v5e", MeshConfig(fsdp=4 // tensor, tensor=tensor))):
-        text = stage("distill", recipe).lower().compile(compiler_options=QUICK).as_text()
+        text = stage("distill", recipe).lower().compile().as_text()
     calls = "\n".join(re.findall(r"%\S+ = .* custom-call\(.*", text))
     for kernel in ("fwd", "dq", "dkv"):
         assert f"splash_mha_{kernel}" in calls
