@@ -17,7 +17,6 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
     make_splash_mha_single_device,
 )
 
-from cdlm_jax.chips import Chip
 from cdlm_jax.kernels.block_attention import (
     block_attention,
     gpu,
@@ -31,6 +30,7 @@ from cdlm_jax.kernels.block_attention import (
 from cdlm_jax.kernels.block_attention.cost import Cost, cost, gpu_cost
 from cdlm_jax.kernels.block_attention.gpu_tiles import GpuTiles
 from cdlm_jax.kernels.block_attention.tiles import TUNED, Tiles, shape_name
+from cdlm_jax.mesh.chips import Chip
 from cdlm_jax.visibility import visible_end
 
 BLOCK, PAGE, HEAD_DIM = 32, 128, 128

@@ -24,10 +24,10 @@ import jax
 import vocab_cases
 from cases import Case, check, seconds, tune
 
-from cdlm_jax import chips, sharding
 from cdlm_jax.config import InputError
+from cdlm_jax.mesh import chips, sharding
+from cdlm_jax.mesh.sharding import MeshConfig
 from cdlm_jax.planning import topology
-from cdlm_jax.sharding import MeshConfig
 
 MODULES = (block_attention_cases, vocab_cases)
 MACHINES = {

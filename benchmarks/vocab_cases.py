@@ -9,12 +9,12 @@ import jax.numpy as jnp
 from cases import Case, Compared, Tuning
 from jax.experimental.pallas import tpu as pltpu
 
-from cdlm_jax.chips import HOPPER_SHARED, Chip
 from cdlm_jax.kernels.vocab import confidence, linear_kl, linear_nll, ops, reference, tpu
 from cdlm_jax.kernels.vocab.api import TILE
 from cdlm_jax.kernels.vocab.cost import Cost, on_gpu, on_tpu, sizes_of
 from cdlm_jax.kernels.vocab.noise import row_seeds
 from cdlm_jax.kernels.vocab.tiles import MIB, TUNED, Sizes, Tiles, choose
+from cdlm_jax.mesh.chips import HOPPER_SHARED, Chip
 
 MODELS = {"Dream-7B": (3584, 152064), "LLaDA-8B": (4096, 126464)}
 FORBIDDEN = (7, 9)

@@ -15,11 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 from test_block_attention import Case, check, make_call
 
-from cdlm_jax import sharding
 from cdlm_jax.kernels.block_attention import block_attention, tpu
 from cdlm_jax.kernels.block_attention.cache_write import sharded_cache_write
+from cdlm_jax.mesh import sharding
+from cdlm_jax.mesh.sharding import MeshConfig
 from cdlm_jax.models.cache import KVCache
-from cdlm_jax.sharding import MeshConfig
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-import cdlm_jax  # noqa: F401  before a test imports JAX (cdlm_jax/platforms.py)
+import cdlm_jax  # noqa: F401  before a test imports JAX (cdlm_jax/mesh/platforms.py)
 
 GOLDEN = Path(__file__).parent / "golden"
 

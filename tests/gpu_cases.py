@@ -17,10 +17,10 @@ from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks  # no public name
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 from test_block_attention import LAYER, Case, check, make_call, worst
 
-from cdlm_jax import sharding
 from cdlm_jax.config import InputError
 from cdlm_jax.kernels.block_attention import block_attention, gpu, xla
 from cdlm_jax.kernels.block_attention.gpu_tiles import GpuTiles
+from cdlm_jax.mesh import sharding
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

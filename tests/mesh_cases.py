@@ -16,11 +16,11 @@ import optax
 from flax import nnx
 from tiny import TINY
 
-from cdlm_jax import sharding
 from cdlm_jax.config import ModelConfig
 from cdlm_jax.decoding import autoregressive, cdlm, dllm_cache, dream, fast_dllm, naive
 from cdlm_jax.decoding.unmask import Threshold
 from cdlm_jax.evaluation.likelihood import is_greedy, log_likelihood
+from cdlm_jax.mesh import sharding
 from cdlm_jax.models.transformer import Transformer
 from cdlm_jax.training import causal, denoising, distill
 from cdlm_jax.training.optimizer import OptimizerConfig, make_optimizer

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from cdlm_jax import preemption, sharding
-from cdlm_jax.preemption import Preempted
+from cdlm_jax.mesh import preemption, sharding
+from cdlm_jax.mesh.preemption import Preempted
 from cdlm_jax.training.loop import LoopConfig, NonFiniteLoss, train
 from cdlm_jax.training.optimizer import OptimizerConfig, make_optimizer
 from cdlm_jax.training.step import TrainState, make_train_step

@@ -10,12 +10,12 @@ from flax import nnx
 from rich.console import Console
 from test_model_folder import tiny_folder
 
-from cdlm_jax import benchmark as program
-from cdlm_jax.benchmark import BenchmarkConfig, Setting, benchmark, methods
 from cdlm_jax.cli import main
 from cdlm_jax.config import InputError
 from cdlm_jax.evaluation.harness import Score
 from cdlm_jax.models.transformer import Transformer
+from cdlm_jax.recipes import benchmark as program
+from cdlm_jax.recipes.benchmark import BenchmarkConfig, Setting, benchmark, methods
 from cdlm_jax.tasks import CHARACTERS
 
 ALL = ("naive", "truncated", "dream", "dllm_cache", "fast_dllm", "autoregressive", "untrained", "cdlm")

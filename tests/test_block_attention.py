@@ -16,11 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 
-from cdlm_jax import sharding
 from cdlm_jax.config import InputError
 from cdlm_jax.kernels.block_attention import block_attention, reference, tpu, xla
 from cdlm_jax.kernels.block_attention.tiles import Tiles
-from cdlm_jax.sharding import MeshConfig
+from cdlm_jax.mesh import sharding
+from cdlm_jax.mesh.sharding import MeshConfig
 from cdlm_jax.visibility import Span
 
 

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from tiny import TINY
 
-from cdlm_jax import sharding
 from cdlm_jax.kernels.block_attention import cache_write as cache_write_module
 from cdlm_jax.kernels.block_attention.cache_write import cache_write, writes_in_place
+from cdlm_jax.mesh import sharding
 from cdlm_jax.models.cache import KVCache
 
 LAYERS, LAYER = 2, 1

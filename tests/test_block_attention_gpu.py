@@ -16,11 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_block_attention import float64_attention
 
-from cdlm_jax import chips
 from cdlm_jax.kernels.block_attention import gpu, gpu_tiles
 from cdlm_jax.kernels.block_attention.cost import gpu_cost
 from cdlm_jax.kernels.block_attention.gpu_tiles import GpuTiles, choose, heuristic
 from cdlm_jax.kernels.block_attention.tiles import shape_name
+from cdlm_jax.mesh import chips
 
 OLD = jax.__version_info__ < (0, 12)
 FAST = ("one row", "large pages")

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cdlm_jax import chips
 from cdlm_jax.kernels.block_attention import tiles as tiles_module
 from cdlm_jax.kernels.block_attention import tpu
 from cdlm_jax.kernels.block_attention.cost import cost, keys_fetched
 from cdlm_jax.kernels.block_attention.tiles import Tiles, choose, heuristic, shape_name, vmem
+from cdlm_jax.mesh import chips
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from cdlm_jax.chips import CHIPS, GIB, find, is_hopper
+from cdlm_jax.mesh.chips import CHIPS, GIB, find, is_hopper
 
 
 def test_a_device_kind_means_one_chip():

@@ -11,10 +11,11 @@ from test_store import contents
 
 from cdlm_jax import tasks
 from cdlm_jax.config import InputError, ModelConfig
-from cdlm_jax.data import Encoder, ProblemMixture
 from cdlm_jax.models.hf import fingerprint, load_model
 from cdlm_jax.models.transformer import Transformer
-from cdlm_jax.tokenizers import Tokenizer
+from cdlm_jax.tasks.mixture import ProblemMixture
+from cdlm_jax.text.encoder import Encoder
+from cdlm_jax.text.tokenizers import Tokenizer
 from cdlm_jax.trajectories import collect as collecting
 from cdlm_jax.trajectories.collect import CollectConfig, collect, trajectories
 from cdlm_jax.trajectories.store import read

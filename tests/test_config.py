@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from tiny import TINY
 
 from cdlm_jax.config import InputError, build
-from cdlm_jax.recipe import Recipe
+from cdlm_jax.recipes.recipe import Recipe
 from cdlm_jax.training.losses import LossWeights
 from cdlm_jax.training.optimizer import OptimizerConfig
 

@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 
 from cdlm_jax import tasks
 from cdlm_jax.config import InputError, ModelConfig
-from cdlm_jax.data import Encoder, ProblemMixture, PromptFile, problem_batches
-from cdlm_jax.tokenizers import Tokenizer
+from cdlm_jax.tasks.mixture import ProblemMixture, PromptFile
+from cdlm_jax.text.encoder import Encoder
+from cdlm_jax.text.tokenizers import Tokenizer
+from cdlm_jax.training.batches import problem_batches
 
 TOKENIZER = Tokenizer.characters(tasks.CHARACTERS)
 EOS, MASK = TOKENIZER.token_to_id("<eos>"), TOKENIZER.token_to_id("<mask>")

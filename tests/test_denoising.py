@@ -13,10 +13,12 @@ from tiny import TINY
 
 from cdlm_jax import tasks
 from cdlm_jax.config import InputError
-from cdlm_jax.data import Encoder, ProblemMixture, problem_batches
 from cdlm_jax.models.transformer import Transformer
-from cdlm_jax.tokenizers import Tokenizer
+from cdlm_jax.tasks.mixture import ProblemMixture
+from cdlm_jax.text.encoder import Encoder
+from cdlm_jax.text.tokenizers import Tokenizer
 from cdlm_jax.training import causal
+from cdlm_jax.training.batches import problem_batches
 from cdlm_jax.training.denoising import make_loss
 from cdlm_jax.training.optimizer import OptimizerConfig, make_optimizer
 from cdlm_jax.training.pretrain import NoiseSchedule, PretrainConfig

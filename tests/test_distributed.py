@@ -20,11 +20,12 @@ from flax import nnx
 from test_model_folder import contents, tiny_folder
 from test_recipe import SETTINGS, write_config
 
-from cdlm_jax import distributed, tasks
+from cdlm_jax import tasks
 from cdlm_jax.config import InputError
-from cdlm_jax.model_folder import ModelFolder
+from cdlm_jax.mesh import distributed
+from cdlm_jax.models.model_folder import ModelFolder
 from cdlm_jax.models.transformer import Transformer
-from cdlm_jax.tokenizers import Tokenizer
+from cdlm_jax.text.tokenizers import Tokenizer
 from cdlm_jax.trajectories.store import read
 
 ROOT = Path(__file__).parent.parent

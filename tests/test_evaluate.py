@@ -8,8 +8,8 @@ import pytest
 
 from cdlm_jax import tasks
 from cdlm_jax.config import InputError
-from cdlm_jax.evaluate import cases
-from cdlm_jax.tokenizers import Tokenizer
+from cdlm_jax.evaluation.problems import cases
+from cdlm_jax.text.tokenizers import Tokenizer
 
 TOKENIZER = Tokenizer.characters(string.printable + "’")
 GSM8K = [

@@ -14,16 +14,18 @@ from conftest import GOLDEN, load_case
 from rich.console import Console
 from test_model_folder import BLOCK_SIZE, GEN_LENGTH, tiny_folder
 
-from cdlm_jax import evaluate, generate, tasks
+from cdlm_jax import tasks
 from cdlm_jax.cli import main
+from cdlm_jax.commands.generate import show_steps
 from cdlm_jax.config import InputError
 from cdlm_jax.decoding import cdlm, naive
 from cdlm_jax.decoding.options import DECODERS, Options
 from cdlm_jax.decoding.progress import DecodeResult, response_lengths
 from cdlm_jax.decoding.unmask import Threshold
+from cdlm_jax.evaluation import answers, problems, prompts
 from cdlm_jax.evaluation.harness import Answer, Case
-from cdlm_jax.model_folder import ModelFolder
-from cdlm_jax.tokenizers import Tokenizer
+from cdlm_jax.models.model_folder import ModelFolder
+from cdlm_jax.text.tokenizers import Tokenizer
 
 GEN, BLOCK = 32, 8  # of the golden decodes
 
@@ -101,7 +103,7 @@ def test_samples_do_not_depend_on_the_batch():
     options = Options(decoder="cdlm", gen_length=16, block_size=8, temperature=0.8, seed=5)
 
     def tokens(options, batch_size):
-        return [answer.tokens.tolist() for answer in generate.answer_all(model_folder, cases, options, batch_size)]
+        return [answer.tokens.tolist() for answer in answers.answer_all(model_folder, cases, options, batch_size)]
 
     alone = tokens(options, 1)
     assert alone == tokens(options, 3)
@@ -217,7 +219,7 @@ def test_evaluate_reads_real_data(tmp_path, expert, monkeypatch):
     """Files of another task than the model was trained on are scored by that task."""
     row = {"input": "15,44,79,50", "output": "44-15=29,79-29=50"}
     path = write_rows(tmp_path / "countdown.jsonl", [row, row])
-    case, _ = evaluate.cases(tiny_folder().tokenizer, [], [str(path)])
+    case, _ = problems.cases(tiny_folder().tokenizer, [], [str(path)])
     assert (case.group, case.text) == ("countdown.jsonl", "15,44,79>50")
     assert case.check("44-15=29,79-29=50") and not case.check("44-15=29,79-29=51")
 
@@ -246,7 +248,7 @@ def test_chat_template(chat_folder, tmp_path, flag, sent):
 
 
 def test_tasks_never_use_the_chat_template(chat_folder):
-    (case,) = generate.task_cases(ModelFolder.load(chat_folder), "chain", 1)
+    (case,) = prompts.task_cases(ModelFolder.load(chat_folder), "chain", 1)
     assert case.ids == tiny_folder().tokenizer.encode(case.text)
 
 
@@ -255,7 +257,7 @@ def test_lines_end_at_line_feeds_only(tmp_path):
     text = "a\u2028b\x85c"
     path = tmp_path / "in.jsonl"
     path.write_text(json.dumps({"prompt": text}, ensure_ascii=False) + "\r\n\n" + '{"prompt_ids": [0]}', "utf-8")
-    first, second = generate.file_cases(Tokenizer.characters("abc\u2028\x85"), path, chat=True)
+    first, second = prompts.file_cases(Tokenizer.characters("abc\u2028\x85"), path, chat=True)
     assert (first.text, first.ids, second.ids) == (text, [0, 3, 1, 4, 2], [0])
 
 
@@ -279,7 +281,7 @@ def test_show_steps_without_a_tokenizer_shows_ids():
         correct=None,
     )
     out = io.StringIO()
-    generate.show_steps(model_folder, answer, Options(decoder="cdlm", block_size=2), Console(file=out, width=80))
+    show_steps(model_folder, answer, Options(decoder="cdlm", block_size=2), Console(file=out, width=80))
     lines = out.getvalue().splitlines()
     assert lines[0] == "cdlm, block size 2  3 4"
     assert lines[-1].split()[2:4] == ["9", "17"]
@@ -288,10 +290,10 @@ def test_show_steps_without_a_tokenizer_shows_ids():
 def test_the_output_appears_whole_or_not_at_all(tmp_path, monkeypatch):
     answer = Answer(Case([1]), np.array([2]), np.array([0]), length=1, forwards=1, text=None, correct=None)
     output = tmp_path / "out.jsonl"
-    generate.write_answers(output, [answer, answer])
+    answers.write_answers(output, [answer, answer])
     assert read_rows(output) == [{"prompt_ids": [1], "tokens": [2], "length": 1, "forwards": 1}] * 2
     with monkeypatch.context() as patch:
         patch.setattr(json, "dumps", Mock(side_effect=["{}", OSError("no space left")]))
         with pytest.raises(OSError, match="no space left"):
-            generate.write_answers(output, [answer, answer])
+            answers.write_answers(output, [answer, answer])
     assert len(read_rows(output)) == 2

@@ -24,11 +24,11 @@ from lm_eval.tasks import TaskManager  # noqa: E402
 from cdlm_jax import tasks  # noqa: E402
 from cdlm_jax.config import InputError  # noqa: E402
 from cdlm_jax.decoding import naive  # noqa: E402
+from cdlm_jax.evaluation.answers import answer_all  # noqa: E402
 from cdlm_jax.evaluation.harness import Case  # noqa: E402
 from cdlm_jax.evaluation.likelihood import log_likelihood  # noqa: E402
 from cdlm_jax.evaluation.lm_eval_adapter import CDLM  # noqa: E402
-from cdlm_jax.generate import answer_all  # noqa: E402
-from cdlm_jax.model_folder import ModelFolder  # noqa: E402
+from cdlm_jax.models.model_folder import ModelFolder  # noqa: E402
 from cdlm_jax.models.transformer import Transformer  # noqa: E402
 
 PROBLEMS = 4

@@ -17,9 +17,9 @@ import pytest
 from flax import nnx
 
 from cdlm_jax.config import InputError, ModelConfig
+from cdlm_jax.mesh.preemption import Preempted
 from cdlm_jax.models import lora
 from cdlm_jax.models.transformer import Transformer
-from cdlm_jax.preemption import Preempted
 from cdlm_jax.training.checkpoints import Checkpoints
 from cdlm_jax.training.loop import LoopConfig, NonFiniteLoss, train
 from cdlm_jax.training.optimizer import OptimizerConfig, make_optimizer

@@ -15,9 +15,9 @@ from flax import nnx
 
 from cdlm_jax import tasks
 from cdlm_jax.config import InputError, ModelConfig
-from cdlm_jax.model_folder import ModelFolder
+from cdlm_jax.models.model_folder import ModelFolder
 from cdlm_jax.models.transformer import Transformer
-from cdlm_jax.tokenizers import Tokenizer
+from cdlm_jax.text.tokenizers import Tokenizer
 
 PROMPT_LENGTH, GEN_LENGTH, BLOCK_SIZE = 14, 48, 16
 

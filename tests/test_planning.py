@@ -25,7 +25,7 @@ from cdlm_jax.planning import hlo, report, stages, topology
 from cdlm_jax.planning.collectives import replica_groups
 from cdlm_jax.planning.cost import Collective, cost, product_flops
 from cdlm_jax.planning.sweep import candidates
-from cdlm_jax.recipe import Recipe
+from cdlm_jax.recipes.recipe import Recipe
 from cdlm_jax.training.flops import distill_flops
 
 ROOT = Path(__file__).parent.parent

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from cdlm_jax import platforms
+from cdlm_jax.mesh import platforms
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,9 @@ import pytest
 from test_model_folder import contents, tiny_folder
 from test_recipe import SETTINGS, metrics, write_config
 
-from cdlm_jax import recipe
 from cdlm_jax.cli import main
-from cdlm_jax.preemption import EXIT_STATUS, Notice, Preempted, noticed, received, stops_at_once
+from cdlm_jax.mesh.preemption import EXIT_STATUS, Notice, Preempted, noticed, received, stops_at_once
+from cdlm_jax.recipes import recipe
 
 
 def terminate():
@@ -120,7 +120,8 @@ def test_another_thread_is_left_alone():
 # Runs a command that gets SIGTERM when it starts the training step of this number.
 TOLD = """
 import os, signal, sys
-from cdlm_jax import cli, recipe
+from cdlm_jax import cli
+from cdlm_jax.recipes import recipe
 
 make = recipe.make_train_step
 

@@ -18,12 +18,12 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from test_model_folder import BLOCK_SIZE, GEN_LENGTH, PROMPT_LENGTH, contents, tiny_folder
 
-from cdlm_jax import recipe as stages
 from cdlm_jax.cli import main
 from cdlm_jax.config import InputError, build
-from cdlm_jax.model_folder import ModelFolder
-from cdlm_jax.quickstart import quickstart
-from cdlm_jax.recipe import Recipe
+from cdlm_jax.models.model_folder import ModelFolder
+from cdlm_jax.recipes import recipe as stages
+from cdlm_jax.recipes.quickstart import quickstart
+from cdlm_jax.recipes.recipe import Recipe
 from cdlm_jax.trajectories import collect as collecting
 from cdlm_jax.trajectories.store import read
 

@@ -18,12 +18,12 @@ from jax.sharding import PartitionSpec as P
 from mesh_cases import CASES
 from tiny import TINY
 
-from cdlm_jax import sharding
 from cdlm_jax.config import InputError
+from cdlm_jax.mesh import sharding
+from cdlm_jax.mesh.sharding import AXES, MeshConfig, make_mesh
 from cdlm_jax.models import lora
 from cdlm_jax.models.hf import abstract, read_config
 from cdlm_jax.models.transformer import Transformer
-from cdlm_jax.sharding import AXES, MeshConfig, make_mesh
 
 TESTS = Path(__file__).parent
 # One of every decoder, and the collector; every loss with its gradient is in PLANS. All cases on all meshes are slow.
@@ -207,7 +207,8 @@ def test_no_mesh_changes_any_result():
 ON_DEVICES = """
 import sys
 import jax, jax.numpy as jnp, numpy as np
-from cdlm_jax import load_model, sharding
+from cdlm_jax import load_model
+from cdlm_jax.mesh import sharding
 from cdlm_jax.config import InputError
 from cdlm_jax.decoding import naive
 from cdlm_jax.models import stored

@@ -66,7 +66,7 @@ MEASURE_MEMORY = """
 import json, re, sys, threading, time
 import jax
 import cdlm_jax
-from cdlm_jax import sharding
+from cdlm_jax.mesh import sharding
 
 folder, on_mesh, dtype = sys.argv[1], sys.argv[2] == "mesh", sys.argv[3]
 if on_mesh:
@@ -132,7 +132,8 @@ def test_memory_beside_the_model_is_less_than_one_and_a_half_tensors(tmp_path, l
 IN_ONE_OF_TWO_PROCESSES = """
 import json, sys
 import jax, numpy as np
-from cdlm_jax import load_model, sharding
+from cdlm_jax import load_model
+from cdlm_jax.mesh import sharding
 from cdlm_jax.decoding import naive
 from cdlm_jax.models import stored
 

@@ -6,7 +6,7 @@ import jax
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 
-from cdlm_jax.sharding import AXES
+from cdlm_jax.mesh.sharding import AXES
 from cdlm_jax.training import throughput
 from cdlm_jax.training.throughput import Throughput
 

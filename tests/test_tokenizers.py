@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tokenizers import pre_tokenizers
 
 from cdlm_jax.config import InputError
-from cdlm_jax.tokenizers import QWEN2_PIECES, Tokenizer, has_tokenizer
+from cdlm_jax.text.tokenizers import QWEN2_PIECES, Tokenizer, has_tokenizer
 
 ALPHABET = "0123456789+-*=; \n"
 

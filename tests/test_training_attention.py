@@ -17,10 +17,10 @@ from devices import environment
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cdlm_jax import sharding
 from cdlm_jax.config import InputError
 from cdlm_jax.kernels.block_attention import reference, splash, training, training_attention, xla
-from cdlm_jax.sharding import MeshConfig
+from cdlm_jax.mesh import sharding
+from cdlm_jax.mesh.sharding import MeshConfig
 from cdlm_jax.visibility import Span, dense_mask, packed, visible_end
 
 BLOCK = 32

@@ -18,11 +18,11 @@ from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 from test_vocab import inputs, log_softmax
 from test_vocab_tpu import seeds_of
 
-from cdlm_jax.chips import HOPPER_SHARED
 from cdlm_jax.config import InputError
 from cdlm_jax.kernels.vocab import confidence, gpu, ops, reference, xla
 from cdlm_jax.kernels.vocab.cost import on_gpu
 from cdlm_jax.kernels.vocab.gpu import Engine, Tiles, choose
+from cdlm_jax.mesh.chips import HOPPER_SHARED
 
 DREAM, LLADA = (3584, 152064), (4096, 126464)
 
@@ -110,7 +110,7 @@ class Device:
     ],
 )
 def test_what_the_kernel_refuses(monkeypatch, kind, d, vocab, dtype, reason):
-    monkeypatch.setattr("cdlm_jax.sharding.device", lambda: Device(kind))
+    monkeypatch.setattr("cdlm_jax.mesh.sharding.device", lambda: Device(kind))
     hidden, head = jnp.ones((2, d), dtype), jnp.ones((d, vocab), dtype)
     with pytest.raises(InputError, match=f"implementation 'gpu' cannot run here: .*{reason}; allowed: 'xla'"):
         confidence(hidden, head, implementation="gpu")
@@ -118,7 +118,7 @@ def test_what_the_kernel_refuses(monkeypatch, kind, d, vocab, dtype, reason):
 
 
 def test_an_h100_gets_the_kernel(monkeypatch):
-    monkeypatch.setattr("cdlm_jax.sharding.device", lambda: Device("NVIDIA H100 80GB HBM3"))
+    monkeypatch.setattr("cdlm_jax.mesh.sharding.device", lambda: Device("NVIDIA H100 80GB HBM3"))
     monkeypatch.setattr("cdlm_jax.kernels.vocab.api.gpu.Engine", lambda: engine(64, 16, 1))
     monkeypatch.setattr(xla.Engine, "statistics", None)
     assert confidence(jnp.ones((2, 64), jnp.bfloat16), jnp.ones((64, 64), jnp.bfloat16)).token.tolist() == [0, 0]
@@ -180,7 +180,7 @@ def test_the_cost_is_that_of_the_kernel(monkeypatch):
 ON_A_MESH = """
 from functools import partial
 import jax, jax.numpy as jnp, numpy as np
-from cdlm_jax import sharding
+from cdlm_jax.mesh import sharding
 from cdlm_jax.kernels.vocab import gpu, mesh, ops, reference, xla
 from cdlm_jax.kernels.vocab.noise import Seeds
 

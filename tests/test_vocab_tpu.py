@@ -229,7 +229,7 @@ class V4:
 
 @pytest.fixture
 def on_v4(monkeypatch):
-    monkeypatch.setattr("cdlm_jax.sharding.device", V4)
+    monkeypatch.setattr("cdlm_jax.mesh.sharding.device", V4)
     monkeypatch.setattr(tpu, "cores_and_vmem", lambda: (2, 16 * MIB))
 
 
@@ -270,7 +270,7 @@ def test_every_row_and_head_has_one_dtype(on_v4):
 ON_A_MESH = """
 from functools import partial
 import jax, numpy as np
-from cdlm_jax import sharding
+from cdlm_jax.mesh import sharding
 from cdlm_jax.kernels.vocab import mesh, ops, tpu, xla
 from cdlm_jax.kernels.vocab.noise import Seeds
 

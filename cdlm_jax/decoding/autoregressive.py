@@ -10,9 +10,9 @@ from cdlm_jax.config import InputError, is_count
 from cdlm_jax.decoding.common import append_response, check_prompts, step_keys
 from cdlm_jax.decoding.progress import DecodeResult, Progress, block_step, take_rows, until_done
 from cdlm_jax.decoding.sampling import Sampling
+from cdlm_jax.mesh.sharding import by_rows
 from cdlm_jax.models.cache import KVCache
 from cdlm_jax.models.transformer import Transformer
-from cdlm_jax.sharding import by_rows
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -16,9 +16,9 @@ import jax.numpy as jnp
 from cdlm_jax.decoding.common import check_blocks, check_policy, check_request, decide
 from cdlm_jax.decoding.progress import DecodeResult, Progress, block_step, switch, take_rows, until_done
 from cdlm_jax.decoding.unmask import Threshold, Unmask
+from cdlm_jax.mesh.sharding import by_rows
 from cdlm_jax.models.cache import KVCache
 from cdlm_jax.models.transformer import Transformer
-from cdlm_jax.sharding import by_rows
 from cdlm_jax.visibility import visible_end_at
 
 

@@ -13,8 +13,8 @@ from cdlm_jax.decoding.unmask import Unmask
 from cdlm_jax.kernels.vocab import Confidence, confidence
 from cdlm_jax.kernels.vocab.noise import gumbel, row_seeds
 from cdlm_jax.kernels.vocab.ops import per_row
+from cdlm_jax.mesh.sharding import by_rows, check_model, check_rows, local_rows, whole
 from cdlm_jax.models.transformer import Transformer
-from cdlm_jax.sharding import by_rows, check_model, check_rows, local_rows, whole
 from cdlm_jax.visibility import row_end
 
 # ---- rows ----------------------------------------------------------------------------------------------------------

@@ -12,7 +12,6 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from cdlm_jax import sharding
 from cdlm_jax.config import InputError, is_count
 from cdlm_jax.decoding.common import (
     append_response,
@@ -26,8 +25,9 @@ from cdlm_jax.decoding.common import (
 from cdlm_jax.decoding.progress import DecodeResult, Progress, block_step, take_at, until_done
 from cdlm_jax.decoding.unmask import Quota
 from cdlm_jax.kernels.block_attention import block_attention
+from cdlm_jax.mesh import sharding
+from cdlm_jax.mesh.sharding import by_rows
 from cdlm_jax.models.transformer import Layer, Transformer, rotary
-from cdlm_jax.sharding import by_rows
 from cdlm_jax.visibility import row_end
 
 

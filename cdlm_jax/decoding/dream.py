@@ -12,8 +12,8 @@ from cdlm_jax.decoding.common import check_request, full_forward, step_keys
 from cdlm_jax.decoding.progress import DecodeResult, Progress, block_step, until_done
 from cdlm_jax.decoding.sampling import Sampling
 from cdlm_jax.decoding.unmask import Timesteps, top
+from cdlm_jax.mesh.sharding import by_rows
 from cdlm_jax.models.transformer import Transformer
-from cdlm_jax.sharding import by_rows
 
 Algorithm = Literal["origin", "maskgit_plus", "topk_margin", "entropy"]
 

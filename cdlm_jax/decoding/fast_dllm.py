@@ -27,9 +27,9 @@ from cdlm_jax.decoding.common import (
 )
 from cdlm_jax.decoding.progress import DecodeResult, Progress, block_step, switch, take_rows, until_done
 from cdlm_jax.decoding.unmask import Allowance, Factor, FirstThen, Quota, Threshold, Timesteps, Unmask
+from cdlm_jax.mesh.sharding import by_rows
 from cdlm_jax.models.cache import KVCache
 from cdlm_jax.models.transformer import Transformer
-from cdlm_jax.sharding import by_rows
 from cdlm_jax.visibility import row_end
 
 

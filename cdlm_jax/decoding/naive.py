@@ -20,8 +20,8 @@ from cdlm_jax.decoding.common import (
 )
 from cdlm_jax.decoding.progress import DecodeResult, Progress, block_step, until_done
 from cdlm_jax.decoding.unmask import Quota, Unmask
+from cdlm_jax.mesh.sharding import by_rows
 from cdlm_jax.models.transformer import Transformer
-from cdlm_jax.sharding import by_rows
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from cdlm_jax.sharding import by_rows
+from cdlm_jax.mesh.sharding import by_rows
 
 
 @jax.tree_util.register_dataclass

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 
 from cdlm_jax.config import InputError, is_count
 from cdlm_jax.kernels.vocab import Confidence, confidence
+from cdlm_jax.mesh.sharding import by_rows, pieces, whole
 from cdlm_jax.models.transformer import Transformer
-from cdlm_jax.sharding import by_rows, pieces, whole
 
 ROWS_AT_ONCE = 32  # hidden rows whose logits exist together
 

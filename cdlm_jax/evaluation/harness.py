@@ -12,9 +12,9 @@ from cdlm_jax import tasks
 from cdlm_jax.config import InputError, ModelConfig
 from cdlm_jax.decoding.common import check_ids
 from cdlm_jax.decoding.progress import DecodeResult
-from cdlm_jax.distributed import fetch, place_whole
-from cdlm_jax.sharding import whole_batch
-from cdlm_jax.tokenizers import Tokenizer
+from cdlm_jax.mesh.distributed import fetch, place_whole
+from cdlm_jax.mesh.sharding import whole_batch
+from cdlm_jax.text.tokenizers import Tokenizer
 
 # decode(prompts [rows, P_max], prompt_lengths [rows], keys [rows]) -> DecodeResult: model and config bound.
 Decode = Callable[[jax.Array, jax.Array, jax.Array], DecodeResult]

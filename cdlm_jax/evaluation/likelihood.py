@@ -22,8 +22,8 @@ import numpy as np
 from cdlm_jax.config import InputError, ModelConfig
 from cdlm_jax.decoding.common import append_response, check_request, predicting_rows
 from cdlm_jax.kernels.vocab import confidence, nll
+from cdlm_jax.mesh.sharding import by_rows
 from cdlm_jax.models.transformer import Transformer
-from cdlm_jax.sharding import by_rows
 from cdlm_jax.visibility import row_end, visible_end
 
 

@@ -22,7 +22,7 @@ from cdlm_jax.config import InputError
 from cdlm_jax.decoding.options import Options
 from cdlm_jax.evaluation.harness import Answer, Case, answers
 from cdlm_jax.evaluation.likelihood import is_greedy, log_likelihood
-from cdlm_jax.model_folder import ModelFolder
+from cdlm_jax.models.model_folder import ModelFolder
 
 try:
     from lm_eval.api.instance import Instance

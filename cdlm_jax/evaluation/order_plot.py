@@ -15,7 +15,7 @@ from cdlm_jax.config import InputError
 from cdlm_jax.evaluation.harness import Answer
 from cdlm_jax.evaluation.player import FILLER, visible
 from cdlm_jax.evaluation.plots import DPI, GREY, GRID, INK
-from cdlm_jax.tokenizers import Tokenizer
+from cdlm_jax.text.tokenizers import Tokenizer
 
 # Inches, the unit of the whole drawing.
 PAGE, MARGIN, TITLE, HEADER, SAMPLE_GAP = 11.5, 0.3, 0.36, 0.36, 0.12

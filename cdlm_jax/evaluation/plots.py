@@ -15,10 +15,10 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from matplotlib.transforms import Bbox
 
-from cdlm_jax import chips
 from cdlm_jax.config import InputError, ModelConfig
 from cdlm_jax.evaluation.metrics import Measured, decoding_work, groups_of, overall, series_aup, series_points
 from cdlm_jax.evaluation.report import milliseconds
+from cdlm_jax.mesh import chips
 
 INK, GREY, GRID = "#222222", "#767676", "#E6E6E6"
 # From Okabe & Ito's and Tol's colour-blind-safe sets, first those dark enough for text. 10 colours and 7 markers make
@@ -312,7 +312,7 @@ def plot_roofline(
 
     context: prompt and response; itemsize: bytes of a stored value (defaults: the paper's shapes, bfloat16).
     measured: name -> (FLOPs per byte, FLOP/s reached) on `device` (`jax.Device.device_kind`), drawn as stars where its
-    peak is known (`cdlm_jax.chips`).
+    peak is known (`cdlm_jax.mesh.chips`).
     """
     ways: dict[str, list[float]] = {}
     for rows in BATCHES:

@@ -6,7 +6,7 @@ import json
 from jax.experimental import pallas as pl
 from jax.experimental.xla_metadata import set_xla_metadata
 
-from cdlm_jax.chips import Chip
+from cdlm_jax.mesh.chips import Chip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -5,9 +5,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from cdlm_jax import sharding
 from cdlm_jax.config import ModelConfig
 from cdlm_jax.kernels.block_attention.cache_write import sharded_cache_write, writes_in_place
+from cdlm_jax.mesh import sharding
 
 # Into [layers, rows, slots, ...] at (layer, slot) of each row. With rows as a batching dimension the write stays on the
 # device that holds the row, which `.at[layer, rows, slots]` leaves open.

@@ -18,9 +18,9 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import save_file
 
-from cdlm_jax import sharding
 from cdlm_jax.config import InputError, ModelConfig
-from cdlm_jax.distributed import fetch, is_main, progress_bar
+from cdlm_jax.mesh import sharding
+from cdlm_jax.mesh.distributed import fetch, is_main, progress_bar
 from cdlm_jax.models.hf_config import config_text, read_config, read_metadata
 from cdlm_jax.models.lora import merge
 from cdlm_jax.models.stored import INDEX, SINGLE, STORED_DTYPES, check_shapes, check_tied, open_folder, read_parameter

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from cdlm_jax import sharding
 from cdlm_jax.config import InputError
+from cdlm_jax.mesh import sharding
 from cdlm_jax.models.transformer import Linear, Transformer
 
 TARGETS = ("q", "k", "v", "out", "gate", "up", "down")

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from cdlm_jax import sharding
 from cdlm_jax.config import ModelConfig
 from cdlm_jax.kernels.block_attention import block_attention, training_attention
+from cdlm_jax.mesh import sharding
 from cdlm_jax.models.cache import KVCache
 from cdlm_jax.visibility import Span
 

@@ -8,7 +8,7 @@ from rich.console import Console
 from cdlm_jax.planning import report
 from cdlm_jax.planning.sweep import sweep
 from cdlm_jax.planning.topology import load
-from cdlm_jax.recipe import Recipe
+from cdlm_jax.recipes.recipe import Recipe
 
 
 def run(recipe: Recipe, topology: str, stage: str, *, sweeps: bool, output: Path | None, console: Console) -> None:

@@ -11,12 +11,12 @@ import numpy as np
 from jax.sharding import Mesh
 from rich.table import Table
 
-from cdlm_jax import sharding
-from cdlm_jax.chips import GIB
+from cdlm_jax.mesh import sharding
+from cdlm_jax.mesh.chips import GIB
 from cdlm_jax.planning.cost import Collective, cost
 from cdlm_jax.planning.stages import stage
 from cdlm_jax.planning.topology import Topology
-from cdlm_jax.recipe import Recipe
+from cdlm_jax.recipes.recipe import Recipe
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from cdlm_jax import sharding
 from cdlm_jax.config import InputError, ModelConfig
 from cdlm_jax.decoding import cdlm
+from cdlm_jax.mesh import sharding
 from cdlm_jax.models.hf import abstract
 from cdlm_jax.models.transformer import Transformer
-from cdlm_jax.recipe import Recipe, distill_step
+from cdlm_jax.recipes.recipe import Recipe, distill_step
 from cdlm_jax.training import distill as distillation
 from cdlm_jax.training.batches import FIELDS
 from cdlm_jax.training.flops import decode_flops, distill_flops

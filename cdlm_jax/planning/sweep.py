@@ -6,11 +6,11 @@ from collections.abc import Iterator
 import jax
 
 from cdlm_jax.config import InputError
+from cdlm_jax.mesh.sharding import MeshConfig
 from cdlm_jax.models.hf import abstract
 from cdlm_jax.planning.report import Plan, plan
 from cdlm_jax.planning.topology import Topology
-from cdlm_jax.recipe import Recipe
-from cdlm_jax.sharding import MeshConfig
+from cdlm_jax.recipes.recipe import Recipe
 
 TENSOR = (1, 2, 4, 8)
 DATA = (1, 2, 4, 8, 16, 32, 64)

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 import jax
 from jax.experimental import topologies
 
-from cdlm_jax import chips
-from cdlm_jax.chips import Chip
 from cdlm_jax.config import InputError
+from cdlm_jax.mesh import chips
+from cdlm_jax.mesh.chips import Chip
 
 # Name -> (dimensions of a slice, its largest shape, what libtpu has to be told beside the name)
 SLICES = {

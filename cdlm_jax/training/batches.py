@@ -1,4 +1,4 @@
-"""What a distillation step reads: batches of stored trajectories, shuffled the same way however many processes read."""
+"""What a training step reads: batches of problems, or of stored trajectories shuffled alike in every process."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,9 @@ import grain
 import numpy as np
 
 from cdlm_jax.config import InputError
-from cdlm_jax.distributed import own_rows
+from cdlm_jax.mesh.distributed import own_rows
+from cdlm_jax.tasks.mixture import ProblemMixture
+from cdlm_jax.text.encoder import Encoder
 from cdlm_jax.trajectories.store import Trajectories
 
 FIELDS = ("prompt", "prompt_length", "tokens", "order", "hidden", "answer")  # those that the losses read
@@ -41,4 +43,19 @@ def trajectory_batches(
     places = [numbers(place) for place in range(len(stores))]
     mixed = places[0] if len(places) == 1 else grain.MapDataset.mix(places, weights)
     batches = mixed.batch(batch_size, drop_remainder=True).map(read)
+    return batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4))
+
+
+def problem_batches(mixture: ProblemMixture, encoder: Encoder, batch_size: int) -> grain.IterDataset:
+    """Batches {prompt [own rows, P_max], prompt_length [own rows], answer [own rows, L]} of this process's rows of
+    `batch_size`, in the mixture's order; the iterator's state can be saved."""
+    mine = own_rows(batch_size)
+
+    def encode(indices: np.ndarray) -> dict[str, np.ndarray]:
+        problems = [mixture[index][1] for index in indices[mine]]
+        prompt, prompt_length = encoder.prompts([problem.prompt for problem in problems])
+        answer = np.stack([encoder.answer(problem.answer) for problem in problems])
+        return {"prompt": prompt, "prompt_length": prompt_length, "answer": answer}
+
+    batches = grain.MapDataset.range(len(mixture)).batch(batch_size, drop_remainder=True).map(encode)
     return batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4))

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from cdlm_jax import sharding
 from cdlm_jax.decoding.common import append_response, predicting_rows
+from cdlm_jax.mesh import sharding
 from cdlm_jax.training.losses import answer_share, masked_denoising_loss
 from cdlm_jax.training.pretrain import PretrainConfig
 from cdlm_jax.visibility import row_end

@@ -11,9 +11,9 @@ from flax import nnx
 from cdlm_jax.config import InputError
 from cdlm_jax.decoding.common import append_response, predicting_rows
 from cdlm_jax.kernels.vocab import confidence
+from cdlm_jax.mesh.sharding import by_rows
 from cdlm_jax.models import lora
 from cdlm_jax.models.transformer import Transformer
-from cdlm_jax.sharding import by_rows
 from cdlm_jax.training import packed
 from cdlm_jax.training.loop import LoopConfig
 from cdlm_jax.training.losses import (

@@ -11,10 +11,10 @@ import grain
 import jax
 from rich.progress import TextColumn
 
-from cdlm_jax import preemption, sharding
 from cdlm_jax.config import InputError
-from cdlm_jax.distributed import Agreement, progress_bar
-from cdlm_jax.preemption import Preempted
+from cdlm_jax.mesh import preemption, sharding
+from cdlm_jax.mesh.distributed import Agreement, progress_bar
+from cdlm_jax.mesh.preemption import Preempted
 from cdlm_jax.training.checkpoints import Checkpoints
 from cdlm_jax.training.metrics_log import MetricsLog
 from cdlm_jax.training.profile import Profile

@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from cdlm_jax.distributed import is_main
+from cdlm_jax.mesh.distributed import is_main
 from cdlm_jax.training.throughput import Throughput
 
 

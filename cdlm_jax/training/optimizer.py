@@ -8,7 +8,7 @@ import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
 from cdlm_jax.config import InputError
-from cdlm_jax.sharding import mesh_sizes
+from cdlm_jax.mesh.sharding import mesh_sizes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from cdlm_jax.decoding.common import append_response, predicting_rows
+from cdlm_jax.mesh.sharding import by_rows
 from cdlm_jax.models.transformer import Transformer
-from cdlm_jax.sharding import by_rows
 from cdlm_jax.trajectories.states import State, sample_states
 from cdlm_jax.visibility import packed
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import jax
 
-from cdlm_jax.distributed import is_main
+from cdlm_jax.mesh.distributed import is_main
 
 STEPS = 3
 WARM_UP = 2  # the first step is compiled, the second may still wait for it

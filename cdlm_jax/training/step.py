@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from cdlm_jax.sharding import by_rows, check_rows
+from cdlm_jax.mesh.sharding import by_rows, check_rows
 
 # loss_fn(trainable, frozen, batch, keys [rows], step) -> (loss, metrics): means over the batch's rows.
 LossFn = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]

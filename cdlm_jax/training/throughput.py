@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import jax
 
-from cdlm_jax import chips
-from cdlm_jax.sharding import mesh_sizes
+from cdlm_jax.mesh import chips
+from cdlm_jax.mesh.sharding import mesh_sizes
 
 
 class Throughput:

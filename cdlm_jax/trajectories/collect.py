@@ -11,13 +11,14 @@ import ml_dtypes
 import numpy as np
 from rich.progress import TextColumn
 
-from cdlm_jax import preemption
 from cdlm_jax.config import InputError
-from cdlm_jax.data import Encoder, Problems
 from cdlm_jax.decoding import naive
-from cdlm_jax.distributed import Agreement, agreed, barrier, is_main, progress_bar, row_group
+from cdlm_jax.mesh import preemption
+from cdlm_jax.mesh.distributed import Agreement, agreed, barrier, is_main, progress_bar, row_group
+from cdlm_jax.mesh.sharding import check_rows, local_rows, place
 from cdlm_jax.models.transformer import Transformer
-from cdlm_jax.sharding import check_rows, local_rows, place
+from cdlm_jax.tasks.mixture import Problems
+from cdlm_jax.text.encoder import Encoder
 from cdlm_jax.trajectories.store import Metadata, Record, Store, bytes_per_shard
 
 

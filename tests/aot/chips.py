@@ -5,10 +5,10 @@ import re
 import jax
 import pytest
 
-from cdlm_jax import sharding
 from cdlm_jax.config import InputError
+from cdlm_jax.mesh import sharding
+from cdlm_jax.mesh.sharding import MeshConfig
 from cdlm_jax.planning import topology
-from cdlm_jax.sharding import MeshConfig
 
 SLICES = topology.SMALLEST
 

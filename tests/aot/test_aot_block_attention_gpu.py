@@ -17,7 +17,7 @@ from published import LLADA as LLADA_8B
 
 from cdlm_jax.config import InputError
 from cdlm_jax.kernels.block_attention import block_attention
-from cdlm_jax.sharding import MeshConfig
+from cdlm_jax.mesh.sharding import MeshConfig
 
 BOTH = [f"{model}, {forward}" for forward in ("block", "commit and refine", "prefill") for model in ("Dream", "LLaDA")]
 CASES = {name: ON_TPU[name] for name in (*BOTH, "three key heads of 64")} | {

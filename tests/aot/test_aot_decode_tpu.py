@@ -9,11 +9,11 @@ import pytest
 from aot.chips import SLICES, compiled, kernels, mesh
 from published import DREAM, LLADA
 
-from cdlm_jax import sharding
 from cdlm_jax.config import ModelConfig
 from cdlm_jax.decoding import cdlm
+from cdlm_jax.mesh import sharding
+from cdlm_jax.mesh.sharding import MeshConfig
 from cdlm_jax.models.hf import abstract
-from cdlm_jax.sharding import MeshConfig
 
 ROWS, PROMPT, LENGTH, BLOCK = 8, 768, 256, 32
 

@@ -12,8 +12,8 @@ from test_planning import tiny_recipe
 
 from cdlm_jax.config import InputError
 from cdlm_jax.kernels.block_attention import training_attention
+from cdlm_jax.mesh.sharding import MeshConfig
 from cdlm_jax.planning.stages import stage
-from cdlm_jax.sharding import MeshConfig
 from cdlm_jax.visibility import Span
 
 Shape = jax.ShapeDtypeStruct

@@ -6,10 +6,10 @@ import jax.numpy as jnp
 import pytest
 from aot.chips import compiled, kernels, mesh
 
-from cdlm_jax import sharding
 from cdlm_jax.config import InputError
 from cdlm_jax.kernels.vocab import confidence, linear_nll
-from cdlm_jax.sharding import MeshConfig
+from cdlm_jax.mesh import sharding
+from cdlm_jax.mesh.sharding import MeshConfig
 
 Shape = jax.ShapeDtypeStruct
 DREAM, LLADA = (3584, 152064), (4096, 126464)

@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import pytest
 from aot.chips import SLICES, compiled, mesh
 
-from cdlm_jax import sharding
 from cdlm_jax.kernels.vocab import confidence, linear_kl, linear_nll
-from cdlm_jax.sharding import MeshConfig
+from cdlm_jax.mesh import sharding
+from cdlm_jax.mesh.sharding import MeshConfig
 
 Shape = jax.ShapeDtypeStruct
 DREAM, LLADA = (3584, 152064), (4096, 126464)

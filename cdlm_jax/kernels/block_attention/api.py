@@ -6,11 +6,11 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 
-from cdlm_jax import sharding
 from cdlm_jax.config import InputError
 from cdlm_jax.kernels.block_attention import gpu, gpu_tiles, reference, tiles, tpu, xla
 from cdlm_jax.kernels.block_attention.cache_write import writes_in_place
 from cdlm_jax.kernels.block_attention.mesh import per_device, shapes_per_device
+from cdlm_jax.mesh import sharding
 from cdlm_jax.visibility import Span
 
 Implementation = Literal["tpu", "gpu", "xla"]

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from cdlm_jax import sharding
 from cdlm_jax.kernels.block_attention.mesh import alone
 from cdlm_jax.kernels.block_attention.tiles import SCALARS
+from cdlm_jax.mesh import sharding
 
 SLOTS = SCALARS // 2  # of a program, while the next one's are fetched
 

@@ -13,10 +13,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu.core import LoweringSemantics
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from cdlm_jax.chips import is_hopper
 from cdlm_jax.kernels.block_attention.common import HIDDEN, estimate, padded
 from cdlm_jax.kernels.block_attention.gpu_tiles import ALIGNED, MOST_ROWS, WGMMA, GpuTiles
 from cdlm_jax.kernels.cost import estimated
+from cdlm_jax.mesh.chips import is_hopper
 
 LOG2_E = math.log2(math.e)
 GRID = ("rows", "heads", "pieces")  # rows * heads would be more than CUDA's 65535; the last one varies first

@@ -5,8 +5,8 @@ import math
 
 import jax
 
-from cdlm_jax.chips import HOPPER_CORES, HOPPER_SHARED
 from cdlm_jax.kernels.block_attention import tiles as device_tiles
+from cdlm_jax.mesh.chips import HOPPER_CORES, HOPPER_SHARED
 
 ALIGNED = 8  # rows of a swizzled tile, which is what copies bring
 WGMMA = 64  # rows of a warpgroup's product

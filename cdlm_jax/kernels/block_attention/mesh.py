@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from cdlm_jax import sharding
+from cdlm_jax.mesh import sharding
 
 
 def per_device(local, q, k, v, options, return_lse=False):

@@ -5,10 +5,10 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 
-from cdlm_jax import sharding
 from cdlm_jax.config import InputError
 from cdlm_jax.kernels.block_attention import splash, xla
 from cdlm_jax.kernels.block_attention.mesh import per_device
+from cdlm_jax.mesh import sharding
 from cdlm_jax.visibility import Span
 
 Implementation = Literal["splash", "xla"]

@@ -9,11 +9,11 @@ from typing import Literal, get_args
 
 import jax
 
-from cdlm_jax import sharding
 from cdlm_jax.config import InputError
 from cdlm_jax.kernels.vocab import gpu, ops, tpu, xla
 from cdlm_jax.kernels.vocab.noise import row_seeds
 from cdlm_jax.kernels.vocab.reference import Confidence
+from cdlm_jax.mesh import sharding
 
 Implementation = Literal["tpu", "gpu", "xla"]
 KERNELS = {"tpu": tpu, "gpu": gpu}

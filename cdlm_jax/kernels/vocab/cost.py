@@ -6,10 +6,10 @@ import math
 import jax
 import jax.numpy as jnp
 
-from cdlm_jax.chips import HOPPER_CORES
 from cdlm_jax.kernels import cost
 from cdlm_jax.kernels.vocab import gpu
 from cdlm_jax.kernels.vocab.tiles import MIB, OPS, Sizes, Tiles, choose, walks
+from cdlm_jax.mesh.chips import HOPPER_CORES
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

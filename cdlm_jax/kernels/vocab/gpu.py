@@ -15,12 +15,12 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from cdlm_jax import sharding
-from cdlm_jax.chips import is_hopper
 from cdlm_jax.kernels.cost import estimated
 from cdlm_jax.kernels.vocab.mesh import flat, per_device
 from cdlm_jax.kernels.vocab.statistics import LEAST, NO_TOKEN, Rows, nothing, peaks, statistics_shapes, together
 from cdlm_jax.kernels.vocab.xla import sweep
+from cdlm_jax.mesh import sharding
+from cdlm_jax.mesh.chips import is_hopper
 
 ROWS = 64  # of a warpgroup's wgmma
 DEPTH = 64  # of d that a stage holds: 128 bytes, the widest swizzle

@@ -22,7 +22,6 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from cdlm_jax import sharding
 from cdlm_jax.kernels.vocab.mesh import Axes, flat, per_device
 from cdlm_jax.kernels.vocab.statistics import LEAST, NO_TOKEN, Rows, nothing, peak, statistics_shapes
 from cdlm_jax.kernels.vocab.tiles import (
@@ -40,6 +39,7 @@ from cdlm_jax.kernels.vocab.tiles import (
     walks,
 )
 from cdlm_jax.kernels.vocab.xla import sweep
+from cdlm_jax.mesh import sharding
 
 
 def precision(x):

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from cdlm_jax.kernels.vocab.reference import logits
 from cdlm_jax.kernels.vocab.statistics import Rows, nothing, peak
-from cdlm_jax.sharding import gathered, pieces, whole
+from cdlm_jax.mesh.sharding import gathered, pieces, whole
 
 LANES = 128  # columns that a TPU keeps together
 CHUNK = 2048  # rows of a device whose logits exist together

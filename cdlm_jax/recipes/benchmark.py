@@ -16,10 +16,11 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from cdlm_jax import evaluate
 from cdlm_jax.config import InputError
 from cdlm_jax.decoding.options import DEFAULT_SIZES, Options, folder_size
 from cdlm_jax.decoding.progress import DecodeResult
+from cdlm_jax.evaluation import problems
+from cdlm_jax.evaluation.answers import answer_all
 from cdlm_jax.evaluation.harness import (
     Answer,
     Case,
@@ -33,9 +34,8 @@ from cdlm_jax.evaluation.metrics import Measured
 from cdlm_jax.evaluation.order_plot import Order, plot_order
 from cdlm_jax.evaluation.plots import plot_latency, plot_roofline, plot_throughput, plot_tradeoff
 from cdlm_jax.evaluation.report import benchmark_markdown, benchmark_tables
-from cdlm_jax.generate import answer_all
-from cdlm_jax.model_folder import ModelFolder
 from cdlm_jax.models.hf import fingerprint
+from cdlm_jax.models.model_folder import ModelFolder
 
 MethodName = Literal["naive", "truncated", "dream", "fast_dllm", "dllm_cache", "autoregressive", "untrained", "cdlm"]
 NAIVE = "naive, 1 token per step"
@@ -177,7 +177,7 @@ class Setting:
         if not folders:
             raise InputError(f"none of the methods {', '.join(config.methods)} has a model; give its folder")
         cases = {
-            role: evaluate.cases(
+            role: problems.cases(
                 folder.tokenizer,
                 config.tasks,
                 config.data,

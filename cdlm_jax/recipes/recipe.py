@@ -12,19 +12,20 @@ from flax import nnx
 
 from cdlm_jax import tasks
 from cdlm_jax.config import InputError, ModelConfig
-from cdlm_jax.data import Encoder, ProblemMixture, PromptFile, problem_batches
 from cdlm_jax.decoding.common import check_blocks
 from cdlm_jax.decoding.options import Options
 from cdlm_jax.evaluation.harness import Score, answers, by_group, heldout_problems, problem_cases
-from cdlm_jax.model_folder import ModelFolder
+from cdlm_jax.mesh.sharding import MeshConfig, check_rows, shard
 from cdlm_jax.models.hf import fingerprint
 from cdlm_jax.models.lora import merge
+from cdlm_jax.models.model_folder import ModelFolder
 from cdlm_jax.models.transformer import Transformer
-from cdlm_jax.sharding import MeshConfig, check_rows, shard
-from cdlm_jax.tokenizers import Tokenizer
+from cdlm_jax.tasks.mixture import ProblemMixture, PromptFile
+from cdlm_jax.text.encoder import Encoder
+from cdlm_jax.text.tokenizers import Tokenizer
 from cdlm_jax.training import causal, denoising
 from cdlm_jax.training import distill as distillation
-from cdlm_jax.training.batches import trajectory_batches
+from cdlm_jax.training.batches import problem_batches, trajectory_batches
 from cdlm_jax.training.flops import RowShape, distill_flops, pretrain_flops
 from cdlm_jax.training.loop import train
 from cdlm_jax.training.optimizer import make_optimizer
@@ -55,7 +56,7 @@ class ModelShape:
 class Recipe:
     """Everything a run depends on, read from a config file (`configs/`). Stages write under the folder `work`.
 
-    tasks: weights of the problem mixture, or prompts: a JSON-lines file (`data.PromptFile`).
+    tasks: weights of the problem mixture, or prompts: a JSON-lines file (`tasks.mixture.PromptFile`).
     teacher: a model folder, or `shipped`; dtype: what it is cast to, empty as stored; architecture: what it must be.
     init: the model folder that pre-training starts from, empty for random weights.
     stores: trajectories to distill from, mixed by store_weights (equal ones if empty); empty for `work/trajectories`.

@@ -1,4 +1,4 @@
-"""Problems as token rows: encoding, where they come from (tasks, or a file), and Grain batches for pre-training."""
+"""Where a run's problems come from: a mixture of tasks, or a file of prompts with answers."""
 
 import dataclasses
 import hashlib
@@ -6,49 +6,11 @@ import json
 from pathlib import Path
 from typing import Protocol
 
-import grain
 import numpy as np
 
 from cdlm_jax import tasks
-from cdlm_jax.config import InputError, ModelConfig
-from cdlm_jax.distributed import own_rows
-from cdlm_jax.tokenizers import Tokenizer
-
-
-@dataclasses.dataclass(frozen=True)
-class Encoder:
-    """Token rows of fixed size: prompts right-padded to `prompt_length`, answers EOS-padded to `gen_length`."""
-
-    tokenizer: Tokenizer
-    model: ModelConfig
-    prompt_length: int
-    gen_length: int
-
-    def prompt(self, text: str) -> tuple[np.ndarray, np.int32]:
-        """[prompt_length] int32 and its true length. InputError if it is empty or too long."""
-        ids = self.tokenizer.encode(text)
-        if not 1 <= len(ids) <= self.prompt_length:
-            raise InputError(f"prompt {text!r} has {len(ids)} tokens, allowed: 1 to {self.prompt_length}")
-        return _pad(ids, self.prompt_length, self.model.pad_token_id), np.int32(len(ids))
-
-    def prompts(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """[rows, prompt_length] and [rows] int32."""
-        rows, lengths = zip(*map(self.prompt, texts), strict=True)
-        return np.stack(rows), np.stack(lengths)
-
-    def answer(self, text: str) -> np.ndarray:
-        """[gen_length] int32; longer answers are cut."""
-        return _pad(self.tokenizer.encode(text)[: self.gen_length], self.gen_length, self.model.eos_token_id)
-
-    def response(self, tokens: np.ndarray) -> str:
-        """The text of response tokens [L] before the first EOS."""
-        ids = tokens.tolist()
-        eos = self.model.eos_token_id
-        return self.tokenizer.decode(ids[: ids.index(eos)] if eos in ids else ids)
-
-
-def _pad(ids: list[int], length: int, pad: int) -> np.ndarray:
-    return np.pad(np.asarray(ids, np.int32), (0, length - len(ids)), constant_values=pad)
+from cdlm_jax.config import InputError
+from cdlm_jax.text.tokenizers import Tokenizer
 
 
 class Problems(Protocol):
@@ -149,18 +111,3 @@ def _templated(problem: tasks.Problem, tokenizer: Tokenizer) -> tasks.Problem:
     if not both.startswith(prompt):
         raise InputError("the chat template writes a prompt in another way once it is answered: prompts cannot use it")
     return tasks.Problem(prompt, both.removeprefix(prompt).rstrip())
-
-
-def problem_batches(mixture: ProblemMixture, encoder: Encoder, batch_size: int) -> grain.IterDataset:
-    """Batches {prompt [own rows, P_max], prompt_length [own rows], answer [own rows, L]} of this process's rows of
-    `batch_size`, in the mixture's order; the iterator's state can be saved."""
-    mine = own_rows(batch_size)
-
-    def encode(indices: np.ndarray) -> dict[str, np.ndarray]:
-        problems = [mixture[index][1] for index in indices[mine]]
-        prompt, prompt_length = encoder.prompts([problem.prompt for problem in problems])
-        answer = np.stack([encoder.answer(problem.answer) for problem in problems])
-        return {"prompt": prompt, "prompt_length": prompt_length, "answer": answer}
-
-    batches = grain.MapDataset.range(len(mixture)).batch(batch_size, drop_remainder=True).map(encode)
-    return batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4))

@@ -7,7 +7,6 @@ from functools import partial
 
 from rich.console import Console
 
-from cdlm_jax import recipe as stages
 from cdlm_jax.config import InputError
 from cdlm_jax.decoding.options import Options
 from cdlm_jax.evaluation.harness import (
@@ -25,8 +24,9 @@ from cdlm_jax.evaluation.order_plot import Order, plot_order
 from cdlm_jax.evaluation.player import play
 from cdlm_jax.evaluation.plots import plot_accuracy
 from cdlm_jax.evaluation.report import accuracy_table, comparison_table
-from cdlm_jax.model_folder import ModelFolder
-from cdlm_jax.recipe import Recipe
+from cdlm_jax.models.model_folder import ModelFolder
+from cdlm_jax.recipes import recipe as stages
+from cdlm_jax.recipes.recipe import Recipe
 
 TEACHER = "teacher, 1 token per step"
 STUDENT = "CDLM, tau 0.9"

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from cdlm_jax.config import InputError
-from cdlm_jax.data import Encoder
-from cdlm_jax.distributed import barrier, is_main
+from cdlm_jax.mesh.distributed import barrier, is_main
 from cdlm_jax.models.hf import export_hf, load_model, read_metadata
 from cdlm_jax.models.transformer import Transformer
-from cdlm_jax.tokenizers import Tokenizer, has_tokenizer
+from cdlm_jax.text.encoder import Encoder
+from cdlm_jax.text.tokenizers import Tokenizer, has_tokenizer
 
 # The tiny models in the package (configs/tiny.py says how they were made).
 SHIPPED = {
@@ -18,7 +18,7 @@ SHIPPED = {
     "shipped/student": "tiny_student",
     "shipped/autoregressive": "tiny_autoregressive",
 }
-PRETRAINED = Path(__file__).parent / "pretrained"
+PRETRAINED = Path(__file__).parent.parent / "pretrained"
 
 
 @dataclasses.dataclass(frozen=True)

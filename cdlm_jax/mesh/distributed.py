@@ -10,8 +10,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 
-from cdlm_jax import sharding
 from cdlm_jax.config import InputError
+from cdlm_jax.mesh import sharding
 
 # ---- the cluster ---------------------------------------------------------------------------------------------------
 

@@ -6,14 +6,11 @@ from pathlib import Path
 
 from cdlm_jax import tasks
 from cdlm_jax.config import InputError
-from cdlm_jax.decoding.options import Options
 from cdlm_jax.evaluation import code_sandbox
-from cdlm_jax.evaluation.harness import Case, Score, by_group, heldout_problems, problem_cases
-from cdlm_jax.generate import answer_all
-from cdlm_jax.model_folder import ModelFolder
+from cdlm_jax.evaluation.harness import Case, heldout_problems, problem_cases
 from cdlm_jax.tasks import real_data
 from cdlm_jax.tasks.public import CodeBenchmark
-from cdlm_jax.tokenizers import Tokenizer
+from cdlm_jax.text.tokenizers import Tokenizer
 
 PER_TASK = 512
 
@@ -77,8 +74,3 @@ def _benchmark_cases(
         )
         for problem in benchmark.problems(path)[:count]
     ]
-
-
-def score(folder: ModelFolder, cases: Sequence[Case], options: Options, batch_size: int) -> dict[str, Score]:
-    """The score of every group of cases. `options` must be resolved."""
-    return by_group(list(answer_all(folder, cases, options, batch_size)))

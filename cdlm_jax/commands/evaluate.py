@@ -1,0 +1,42 @@
+"""`cdlm evaluate`."""
+
+from absl import flags
+
+from cdlm_jax.commands.common import console, define_code_execution, define_model, model, warn_of_gaps
+from cdlm_jax.config import InputError
+
+SUMMARY = "score a model folder on problems with verifiable answers"
+
+
+def define(values: flags.FlagValues) -> None:
+    define_model(values)
+    flags.DEFINE_list("task", None, "Tasks and public benchmarks (gsm8k ...), comma-separated.", flag_values=values)
+    number = flags.DEFINE_integer
+    number("num", None, "Problems of each [512 of a task, all of a benchmark].", lower_bound=1, flag_values=values)
+    data = "Files: 4x4 Sudoku, Countdown-3, or name=path of a benchmark; comma-separated."
+    flags.DEFINE_list("data", None, data, flag_values=values)
+    flags.DEFINE_bool("chat", True, "Use the folder's chat template for benchmarks, if it has one.", flag_values=values)
+    define_code_execution(values)
+
+
+def run(values: flags.FlagValues) -> None:
+    from cdlm_jax.evaluation import problems
+    from cdlm_jax.evaluation.answers import answer_all
+    from cdlm_jax.evaluation.harness import by_group
+    from cdlm_jax.evaluation.report import score_table
+
+    if not values.task and not values.data:
+        raise InputError("give --task=names, --data=files, or both")
+    with model(values) as (folder, options):
+        if values.allow_code_execution:
+            warn_of_gaps()
+        cases = problems.cases(
+            folder.tokenizer,
+            values.task or [],
+            values.data or [],
+            count=values.num,
+            chat=values.chat,
+            allow_code_execution=values.allow_code_execution,
+        )
+        scores = by_group(list(answer_all(folder, cases, options, values.batch_size)))
+    console().print(score_table(scores).rich())

@@ -1,0 +1,1 @@
+"""Devices, processes, machines: where a program runs."""

@@ -1,0 +1,1 @@
+"""Whole runs: the stages, the quickstart, the benchmark."""
