@@ -1,7 +1,7 @@
 """Block attention: the calls of a cached decoder, and whole sequences with gradients, against JAX's library kernels."""
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +35,7 @@ from cdlm_jax.visibility import visible_end
 
 BLOCK, PAGE, HEAD_DIM = 32, 128, 128
 PAGES_AT_ONCE = 4
-KERNELS = {"tpu": tpu.block_attention, "gpu": gpu.block_attention}
+KERNELS: dict[str, Any] = {"tpu": tpu.block_attention, "gpu": gpu.block_attention}
 MODELS = {"Dream-7B": (28, 4), "LLaDA-8B": (32, 32)}  # heads, key heads
 TRAINED = {"rows": 4, "prompt": 512, "response": 256}
 
@@ -88,7 +88,7 @@ def on_kernel(q, k, v, ends, *, implementation):
 
 
 def with_tiles(chosen: Tiles | GpuTiles, *, platform: str):
-    options = {"layer": jnp.int32(0), "scale": HEAD_DIM**-0.5, "tiles": chosen}
+    options: dict[str, Any] = {"layer": jnp.int32(0), "scale": HEAD_DIM**-0.5, "tiles": chosen}
     return lambda q, k, v, ends: KERNELS[platform](q, k, v, visible_end=ends, **options)
 
 
@@ -207,11 +207,11 @@ def candidates(q, k, *, platform: str) -> list[Tiles] | list[GpuTiles]:
             for stages in (2, 3, 4, 6)
         )
         return [*dict.fromkeys(every)]  # stages are as many as there is room for
-    first = tiles.heuristic(q, k, False)
+    start = tiles.heuristic(q, k, False)
     return [
-        Tiles(rows=rows, queries=first.queries, keys=keys, chunk=chunk)
-        for rows in sorted({1, first.rows, 2 * first.rows})
-        for keys in sorted({128, first.keys, 2 * first.keys})
+        Tiles(rows=rows, queries=start.queries, keys=keys, chunk=chunk)
+        for rows in sorted({1, start.rows, 2 * start.rows})
+        for keys in sorted({128, start.keys, 2 * start.keys})
         for chunk in (16, 32, 64)
     ]
 

@@ -119,7 +119,7 @@ def search(tuning: Tuning, arguments: tuple) -> tuple[Any, dict[Any, float]]:
         except (jax.errors.JaxRuntimeError, ValueError) as refused:  # most likely more memory on the chip than there is
             print(f"  {each}: {str(refused).splitlines()[0][:80]}")
             times[each] = math.inf
-    return min(times, key=times.get), times
+    return min(times, key=times.__getitem__), times
 
 
 def tune(case: Case, arguments: tuple, device_kind: str) -> Callable:
@@ -127,13 +127,15 @@ def tune(case: Case, arguments: tuple, device_kind: str) -> Callable:
 
     SystemExit, and nothing written, where their values are wrong.
     """
-    best, times = search(case.tuning, arguments)
+    tuning = case.tuning
+    assert tuning is not None, f"{case.name} has nothing to tune"
+    best, times = search(tuning, arguments)
     for tiles, taken in sorted(times.items(), key=lambda item: item[1]):
         print(f"  {1e6 * taken:9.1f}  {tiles}")
     if not math.isfinite(times[best]):
         print(f"  {case.name}: none of these tiles can run, nothing is written")
         return case.call
-    call = case.tuning.call(best)
+    call = tuning.call(best)
     check(dataclasses.replace(case, name=f"{case.name}, {best}", call=call, others={}), arguments)
-    case.tuning.write(device_kind, best)
+    tuning.write(device_kind, best)
     return call

@@ -95,10 +95,11 @@ def compiled(call, shapes) -> list[str]:
         program = jax.jit(call).lower(*shapes).compile()
     except (InputError, jax.errors.JaxRuntimeError) as error:
         return ["", "", str(error).splitlines()[0][:60]]
-    text = program.as_text()
+    text = program.as_text() or ""
     sizes = on_chip(text)
     used = f"{max(sizes) / MIB:.1f}" if sizes else ""
-    temporaries = f"{program.memory_analysis().temp_size_in_bytes / MIB:.0f}"
+    memory = program.memory_analysis()
+    temporaries = f"{memory.temp_size_in_bytes / MIB:.0f}" if memory else ""
     kernels = re.findall(r'custom_call_target="(?:tpu_custom_call|mosaic_gpu)', text)
     return [used, temporaries, str(len(kernels))]
 

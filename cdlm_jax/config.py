@@ -70,13 +70,19 @@ class ModelConfig:
         return self.mask_token_id is None
 
     @property
+    def mask_id(self) -> int:
+        """`mask_token_id` of a model that has one: decoders and losses of masked models have checked so."""
+        assert self.mask_token_id is not None, "an autoregressive model has no mask token"
+        return self.mask_token_id
+
+    @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_heads
 
 
 def is_count(value) -> bool:
     """Whether it is a positive integer."""
-    return isinstance(value, Integral) and value >= 1
+    return isinstance(value, Integral) and int(value) >= 1
 
 
 def build(cls, section, name: str):

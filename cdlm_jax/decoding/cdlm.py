@@ -86,7 +86,7 @@ def prefill(model: Transformer, prompts: jax.Array, prompt_lengths: jax.Array, c
     end = jnp.broadcast_to(prompt_lengths[:, None], prompts.shape)
     with jax.named_scope("prefill"):
         hidden, cache = model.extend(prompts, cache, start=jnp.zeros_like(prompt_lengths), visible_end=end)
-    progress = Progress.start(rows, config.gen_length, model.config.mask_token_id)
+    progress = Progress.start(rows, config.gen_length, model.config.mask_id)
     return progress, Carry(cache.commit(prompt_lengths), take_rows(hidden, prompt_lengths - 1, 1)[:, 0])
 
 

@@ -54,12 +54,13 @@ def full_forward(
 # ---- predictions ---------------------------------------------------------------------------------------------------
 
 
-def step_keys(key: jax.Array, progress: Progress) -> jax.Array:
+def step_keys(key: jax.Array | None, progress: Progress) -> jax.Array:
     """The random keys of a forward, [rows]: functions of the row's key, its block, and its forwards on that block.
 
     `key` is one key per row, or a single key from which each row's is derived by its place in the batch. Give [rows]
     keys where a sample must not depend on that place.
     """
+    assert key is not None, "a request at temperature > 0 without a key is refused"
     rows = progress.block.shape[0]
     fold = jax.vmap(jax.random.fold_in)
     keys = by_rows(key if key.ndim else jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows)))
@@ -82,7 +83,7 @@ def predict(
     is never the prediction: upstream would finalize it as a mask. Tokens `banned` have logits of -inf; those `unsure`
     may be predicted but take no part in the probabilities, so theirs is 0.
     """
-    mask_id = model.config.mask_token_id
+    mask_id = model.config.mask_id
     if not banned and not unsure:
         return confidence(hidden, model.head, temperature=temperature, key=keys, forbidden=(mask_id,))
     logits = scores = whole(model.unembed(hidden))

@@ -95,7 +95,7 @@ def _generate(model, prompts, prompt_lengths, config: Config) -> DecodeResult:
     axes, kv_heads = ("layers", "rows", "length", "kv_heads"), model.config.num_kv_heads
     heads = sharding.put(jnp.zeros((*shape, kv_heads, model.config.head_dim), dtype), *axes, kv_heads=kv_heads)
     stream = sharding.put(jnp.zeros((*shape, model.config.hidden_size), dtype), *axes[:3])
-    progress = Progress.start(rows, config.gen_length, model.config.mask_token_id)
+    progress = Progress.start(rows, config.gen_length, model.config.mask_id)
     step = partial(
         block_step,
         forward=partial(cached_forward, model, prompts, prompt_lengths, config),

@@ -77,7 +77,7 @@ def _generate(model, prompts, prompt_lengths, key, config: Config) -> DecodeResu
         return full_forward(model, prompts, prompt_lengths, progress, size), carry
 
     step = partial(block_step, forward=forward, decide=partial(_decide, model, key, config), size=size)
-    progress, _ = until_done(step, (Progress.start(prompts.shape[0], size, model.config.mask_token_id), None))
+    progress, _ = until_done(step, (Progress.start(prompts.shape[0], size, model.config.mask_id), None))
     return progress.result(model.config.eos_token_id)
 
 
@@ -99,7 +99,7 @@ def _decide(model: Transformer, key, config: Config, progress: Progress, hidden:
     return candidates.token, top(score, masked, schedule.count(masked, progress.step))
 
 
-def _uniform(keys: jax.Array, size: int) -> jax.Array:
+def _uniform(keys: jax.Array | None, size: int) -> jax.Array:
     """[rows, size] in (0, 1), by other keys than those that draw the tokens: they are numbered 0 .. size - 1."""
     draw = partial(jax.random.uniform, shape=(size,), minval=jnp.finfo(jnp.float32).tiny)
     return jax.vmap(lambda key: draw(jax.random.fold_in(key, size)))(keys)

@@ -88,7 +88,7 @@ class Config:
             raise InputError("a `shifted` model (Dream) with a cache needs a block_size of at least 2, got 1")
         if self.threshold is not None:
             return FirstThen(Threshold(self.threshold, inclusive=True))
-        steps = self.block_size if self.steps is None else self.block_steps
+        steps = self.block_steps or self.block_size
         if steps < 2:
             # Upstream leaves such a block masked: its only step is the one that sets the first token.
             raise InputError("a `shifted` model (Dream) with a cache needs at least 2 steps per block, got 1")
@@ -113,7 +113,7 @@ def _generate(model, prompts, prompt_lengths, config: Config) -> DecodeResult:
     prompts, prompt_lengths = by_rows((prompts, prompt_lengths))
     rows, alignment = prompts.shape[0], model.config.logit_alignment
     size = config.size(alignment)
-    progress = Progress.start(rows, config.gen_length, model.config.mask_token_id)
+    progress = Progress.start(rows, config.gen_length, model.config.mask_id)
     if config.cache == "none":
         carry = None
 

@@ -104,7 +104,7 @@ def decode(
         hidden = full_forward(model, prompts, prompt_lengths, progress, size)  # [rows, B, d]
         if config.cfg_scale > 0:
             # The lm_head is linear: guiding the hidden rows is guiding the logits.
-            masked_prompts = jnp.full_like(prompts, model.config.mask_token_id)
+            masked_prompts = jnp.full_like(prompts, model.config.mask_id)
             unguided = full_forward(model, masked_prompts, prompt_lengths, progress, size)
             hidden = unguided + (config.cfg_scale + 1) * (hidden - unguided)
         if keep_hidden:
@@ -126,7 +126,7 @@ def decode(
         size=size,
         stop_token_id=model.config.eos_token_id if config.early_stop else None,
     )
-    return until_done(step, (Progress.start(rows, config.gen_length, model.config.mask_token_id), kept))
+    return until_done(step, (Progress.start(rows, config.gen_length, model.config.mask_id), kept))
 
 
 def _decide(model, key, config: Config, progress, hidden):

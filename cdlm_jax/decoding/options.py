@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any, Literal
 
 from cdlm_jax.config import InputError
@@ -71,7 +72,7 @@ class Options:
     def bind(self) -> Callable:
         """generate(model, prompts, prompt_lengths, key) -> DecodeResult, from resolved options."""
         known = self._known()
-        module = DECODERS[self.decoder]
+        module = self._module()
         given = {n: v for n, v in vars(self).items() if n not in ("decoder", "seed") and v is not None}
         if not self.temperature:  # greedy, as every decoder can
             del given["temperature"]
@@ -80,12 +81,19 @@ class Options:
             raise InputError(f"{foreign[0]} is no option of the {self.decoder} decoder, allowed: {', '.join(allowed)}")
         if "threshold" in given and "unmask" in known:
             given["unmask"] = Threshold(given.pop("threshold"))
-        defaults = {dream: {"steps": self.gen_length}, dllm_cache: {"prompt_interval": 50, "response_interval": 7}}
-        config = module.Config(**defaults.get(module, {}) | given)
+        defaults: dict[str, dict[str, Any]] = {
+            "dream": {"steps": self.gen_length},
+            "dllm_cache": {"prompt_interval": 50, "response_interval": 7},
+        }
+        config = module.Config(**defaults.get(str(self.decoder), {}) | given)
         return lambda model, prompts, lengths, key: module.generate(model, prompts, lengths, config, key)
 
     def _known(self) -> set[str]:
         """The fields of the decoder's `Config`."""
+        return {field.name for field in dataclasses.fields(self._module().Config)}
+
+    def _module(self) -> ModuleType:
+        """The decoder that has been resolved."""
         if self.decoder not in DECODERS:
             raise InputError(f"decoder must be one of {', '.join(DECODERS)}, got {self.decoder!r}")
-        return {field.name for field in dataclasses.fields(DECODERS[self.decoder].Config)}
+        return DECODERS[self.decoder]

@@ -134,12 +134,12 @@ def switch(index: jax.Array, forwards: Sequence[Forward], progress: Progress, ca
     forward is in a loop of its own, of which one runs, one round. The planner knows these loops by their scope's name.
     """
     index = jnp.clip(jnp.asarray(index, jnp.int32), 0, len(forwards) - 1)
-    state = jnp.zeros_like(jax.eval_shape(forwards[0], progress, carry)[0]), carry
+    hidden = jnp.zeros_like(jax.eval_shape(forwards[0], progress, carry)[0])
     for i, forward in enumerate(forwards):
         once = lambda s, forward=forward: (jnp.zeros_like(s[0]), *forward(progress, s[2]))  # noqa: E731
         with jax.named_scope("switch"):
-            _, *state = jax.lax.while_loop(lambda s: s[0], once, (index == i, *state))
-    return tuple(state)
+            _, hidden, carry = jax.lax.while_loop(lambda s: s[0], once, (index == i, hidden, carry))
+    return hidden, carry
 
 
 # ---- rows ----------------------------------------------------------------------------------------------------------

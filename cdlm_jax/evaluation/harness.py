@@ -3,6 +3,7 @@
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -57,7 +58,7 @@ def problem_cases(tokenizer: Tokenizer, problems: Sequence[NamedProblem], group:
         Case(
             ids=tokenizer.encode(problem.prompt),
             text=problem.prompt,
-            check=lambda response, name=name, problem=problem: tasks.get(name).score(problem, response),
+            check=partial(tasks.get(name).score, problem),
             group=name if group is None else group,
         )
         for name, problem in problems
@@ -103,10 +104,11 @@ def _keys(seed: int, start: int, rows: int) -> jax.Array:
 
 
 def _answer(case: Case, tokenizer: Tokenizer | None, result: DecodeResult, row: int) -> Answer:
-    tokens, length = result.tokens[row], int(result.lengths[row])
+    tokens, finalized_at = np.asarray(result.tokens[row]), np.asarray(result.finalized_at[row])
+    length = int(result.lengths[row])
     text = None if tokenizer is None else tokenizer.decode(tokens[:length].tolist())
     correct = None if text is None or case.check is None else case.check(text)
-    return Answer(case, tokens, result.finalized_at[row], length, int(result.forwards[row]), text, correct)
+    return Answer(case, tokens, finalized_at, length, int(result.forwards[row]), text, correct)
 
 
 @dataclasses.dataclass(frozen=True)

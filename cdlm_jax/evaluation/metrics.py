@@ -46,7 +46,7 @@ class Measured:
             settings={name: value for name, value in dataclasses.asdict(options).items() if value is not None},
             scores=by_group(found),
             compile_seconds=timing.compile,
-            latency_ms=tuple(1000 * value for value in spread(timing.calls)),
+            latency_ms=spread([1000 * seconds for seconds in timing.calls]),
             throughput=throughput or {},
         )
 

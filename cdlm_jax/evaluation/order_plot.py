@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib import colormaps, font_manager
@@ -41,7 +41,7 @@ class Order(NamedTuple):
     def of(cls, label: str, answer: Answer, tokenizer: Tokenizer, block_size: int | None) -> "Order":
         shown = [tokenizer.id_to_token(token) for token in answer.tokens[: answer.length].tolist()]
         pieces = shown + [""] * (len(answer.tokens) - len(shown))
-        return cls(label, pieces, answer.finalized_at, answer.forwards, block_size)
+        return cls(label, pieces, answer.finalized_at.tolist(), answer.forwards, block_size)
 
 
 def plot_order(samples: Sequence[Order | tuple], path: str | Path, title: str) -> None:
@@ -49,10 +49,10 @@ def plot_order(samples: Sequence[Order | tuple], path: str | Path, title: str) -
 
     Colour is the forward; faint cells hold EOS, empty ones were never decoded; dark lines are block boundaries.
     """
-    samples = [_checked(Order(*sample)) for sample in samples]
-    if not samples:
+    checked = [_checked(Order(*sample)) for sample in samples]
+    if not checked:
         raise InputError("nothing to plot: no samples were given")
-    grids = [_grid(sample) for sample in samples]
+    grids = [_grid(sample, block) for sample, block in checked]
     width = 2 * MARGIN + max(6, *(columns * cell for columns, _, cell in grids))
     heights = [HEADER + rows * (CELL_HEIGHT + ROW_GAP) + SAMPLE_GAP for _, rows, _ in grids]
     height = 2 * MARGIN + TITLE + sum(heights) - SAMPLE_GAP - ROW_GAP
@@ -61,14 +61,15 @@ def plot_order(samples: Sequence[Order | tuple], path: str | Path, title: str) -
     axes.set_axis_off()
     axes.text(MARGIN, MARGIN, title, fontsize=12, weight="bold", color=INK, va="top", parse_math=False)
     top = MARGIN + TITLE
-    for sample, (columns, _, cell), used in zip(samples, grids, heights, strict=True):
+    for (sample, block), (columns, _, cell), used in zip(checked, grids, heights, strict=True):
         _draw_header(axes, sample, top, width - MARGIN)
-        _draw_cells(axes, sample, top + HEADER, columns, cell)
+        _draw_cells(axes, sample, block, top + HEADER, columns, cell)
         top += used
     figure.savefig(path, format="png", dpi=DPI)
 
 
-def _checked(sample: Order) -> Order:
+def _checked(sample: Order) -> tuple[Order, int]:
+    """With plain numbers, and its block size: the whole response where there are no blocks."""
     label, pieces, finalized_at, forwards, block_size = sample
     finalized_at = np.asarray(finalized_at).tolist()
     if not len(pieces) or len(pieces) != len(finalized_at):
@@ -82,12 +83,12 @@ def _checked(sample: Order) -> Order:
         raise InputError(
             f"{label!r} has {forwards} forwards, but a position finalized in number {max(finalized_at) + 1}"
         )
-    return sample._replace(finalized_at=finalized_at, block_size=block_size)
+    return sample._replace(finalized_at=finalized_at), block_size
 
 
-def _grid(sample: Order) -> tuple[int, int, float]:
+def _grid(sample: Order, block: int) -> tuple[int, int, float]:
     """(columns, rows, cell width): whole blocks in a row, else equal parts of one; cells fit the longest piece."""
-    block, room = sample.block_size, PAGE - 2 * MARGIN
+    room = PAGE - 2 * MARGIN
     characters = min(max(len(visible(piece)) for piece in sample.pieces), LONGEST_PIECE)
     needed = CHARACTER * (characters + 1)
     most = min(int(room / needed), MOST_COLUMNS)
@@ -104,7 +105,7 @@ def _color(forward: int, forwards: int) -> np.ndarray:
 
 def _draw_header(axes: Axes, sample: Order, top: float, right: float) -> None:
     middle = top + 0.13
-    style = {"va": "center", "parse_math": False}
+    style: dict[str, Any] = {"va": "center", "parse_math": False}
     plural = "" if sample.forwards == 1 else "s"
     axes.text(MARGIN, middle, f"{sample.label}: {sample.forwards} forward{plural}", fontsize=10.5, color=INK, **style)
     bar = np.array([[_color(forward, sample.forwards) for forward in range(sample.forwards)]])  # [1, forwards, rgb]
@@ -113,11 +114,11 @@ def _draw_header(axes: Axes, sample: Order, top: float, right: float) -> None:
     axes.text(right - 1.97, middle, "forward 1", fontsize=8.5, color=GREY, ha="right", **style)
 
 
-def _draw_cells(axes: Axes, sample: Order, top: float, columns: int, cell: float) -> None:
+def _draw_cells(axes: Axes, sample: Order, block: int, top: float, columns: int, cell: float) -> None:
     for position, (piece, forward) in enumerate(zip(sample.pieces, sample.finalized_at, strict=True)):
         row, column = divmod(position, columns)
         x, y = MARGIN + column * cell, top + row * (CELL_HEIGHT + ROW_GAP)
-        if position and position % sample.block_size == 0:
+        if position and position % block == 0:
             axes.plot((x, x), (y - 0.035, y + CELL_HEIGHT + 0.035), color=INK, linewidth=1.6, solid_capstyle="butt")
         if forward < 0:
             axes.add_patch(Rectangle((x, y), cell, CELL_HEIGHT, facecolor="white", edgecolor=GRID, linewidth=0.8))

@@ -74,7 +74,7 @@ def frames(
             start = int(fresh.argmax()) // block_size * block_size
         known = (at >= 0) & (at <= forward)
         last = forward == forwards - 1
-        cells = []
+        cells: list[tuple[str, Status]] = []
         for i, text in enumerate(shown):
             if not known[i]:
                 cells.append((FILLER, "filler") if last else (MASK, "masked"))

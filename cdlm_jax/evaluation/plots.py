@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain, pairwise, product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -75,7 +76,7 @@ def _percent_axis(axes: Axes, accuracy: Sequence[float]) -> None:
 
 
 def _log_axis(axis: Axis) -> None:
-    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+    axis.axes.set(**{f"{axis.axis_name}scale": "log"})  # type: ignore[attr-defined]  # not in the stubs
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.set_minor_locator(NullLocator())
 
@@ -94,7 +95,7 @@ def _powers_of_two(axes: Axes, values: Iterable[float]) -> None:
 
 def _legend(figure: Figure, handles: Sequence[Line2D], title: str, place: str = "upper") -> None:
     """On the right, outside the axes."""
-    style = {"loc": f"outside right {place}", "frameon": False, "fontsize": 9, "handlelength": 2.6}
+    style: dict[str, Any] = {"loc": f"outside right {place}", "frameon": False, "fontsize": 9, "handlelength": 2.6}
     legend = figure.legend(handles=handles, title=title, **style)
     legend.set_alignment("left")
     legend.get_title().set(fontsize=9, color=GREY)
@@ -129,7 +130,7 @@ def plot_accuracy(results: Sequence[Measured], path: str | Path, title: str) -> 
         points.sort()
         forwards, accuracy, _ = zip(*points, strict=True)
         axes.plot(forwards, accuracy, markersize=7, linewidth=1.6, zorder=3, **looks[series])
-        labels += [(name, at, looks[series]["color"]) for *at, name in points]
+        labels += [(name, (x, y), looks[series]["color"]) for x, y, name in points]
     forwards, accuracy, _ = zip(*chain(*lines.values()), strict=True)
     axes.set_xscale("log", base=2)
     axes.set_xlim(min(forwards) / 1.6, max(forwards) * 1.6)
@@ -138,24 +139,24 @@ def plot_accuracy(results: Sequence[Measured], path: str | Path, title: str) -> 
     _style(axes, "forwards per answer (log scale)", "accuracy")
     _title(axes, title)
     figure.canvas.draw()  # settles the layout, which the labels' places depend on
-    _place_labels(axes, labels, figure.canvas.get_renderer())
+    _place_labels(axes, labels, figure.canvas.get_renderer())  # type: ignore[attr-defined]  # Agg's
     figure.savefig(path, format="png", dpi=DPI)
 
 
-def _place_labels(axes: Axes, labels: list[tuple[str, list[float], str]], renderer) -> None:
+def _place_labels(axes: Axes, labels: list[tuple[str, tuple[float, float], str]], renderer) -> None:
     """Write (text, (x, y), colour) beside its point, where it covers least of points, lines and earlier labels."""
     points = axes.transData.transform([at for _, at, _ in labels])
     marks = [Bbox.from_bounds(x - 8, y - 8, 16, 16) for x, y in points]
     for line in axes.lines:
-        marks += _along(axes.transData.transform(line.get_xydata()))
+        marks += _along([*axes.transData.transform(line.get_xydata())])
     inside, scale = axes.get_window_extent(renderer), axes.figure.dpi / 72
-    written = []
+    written: list[Bbox] = []
     for (text, at, color), point in zip(labels, points, strict=True):
         note = axes.annotate(text, at, (0, 0), textcoords="offset points", fontsize=9, color=color, parse_math=False)
         note.set_path_effects([HALO])
-        best = (math.inf,)
+        best, least = None, math.inf
         for distance, (x, y) in product((9, 20, 34, 50, 70), DIRECTIONS):
-            place = {
+            place: dict[str, Any] = {
                 "position": (distance * x, distance * y),
                 "horizontalalignment": "left" if x > 0 else "right" if x < 0 else "center",
                 "verticalalignment": "center" if y == 0 else "bottom" if y > 0 else "top",
@@ -163,19 +164,20 @@ def _place_labels(axes: Axes, labels: list[tuple[str, list[float], str]], render
             note.set(**place)
             box = note.get_window_extent(renderer)
             leader = _along([point, point + scale * distance * np.array((x, y))])
-            covered = sum(_overlap(box, other) for other in marks + written)
-            covered += sum(_overlap(piece, other) for piece in leader for other in written)
+            covered = math.fsum(_overlap(box, other) for other in marks + written)
+            covered += math.fsum(_overlap(piece, other) for piece in leader for other in written)
             covered += 10 * (box.width * box.height - _overlap(box, inside))
-            if covered + distance < best[0]:
-                best = covered + distance, box, leader, place, distance
+            if covered + distance < least:
+                best, least = (box, leader, place, distance), covered + distance
             if not covered:
                 break
-        _, box, leader, place, distance = best
+        assert best is not None  # some place is always better than none
+        box, leader, place, distance = best
         note.set(**place)
         written.append(box.padded(6))
         if distance > 9:  # too far to be read as the point's own: lead the eye
-            line = {"arrowstyle": "-", "color": color, "linewidth": 0.7}
-            axes.annotate("", at, place["position"], textcoords="offset points", arrowprops=line)
+            arrow = {"arrowstyle": "-", "color": color, "linewidth": 0.7}
+            axes.annotate("", at, place["position"], textcoords="offset points", arrowprops=arrow)
             marks += leader
 
 
@@ -205,7 +207,7 @@ def plot_tradeoff(results: Sequence[Measured], path: str | Path) -> None:
     rows = math.ceil(len(groups) / columns)
     panel = 4.4 if columns == 1 else 2.8
     figure = _page(panel * columns + 2.6, 0.85 * panel * rows + 0.8)
-    figure.get_layout_engine().set(h_pad=0.1)
+    figure.set_layout_engine("constrained", h_pad=0.1)
     panels = figure.subplots(rows, columns, squeeze=False).flat
     for axes in panels[len(groups) :]:
         axes.remove()
@@ -241,10 +243,10 @@ def plot_latency(results: Sequence[Measured], path: str | Path) -> None:
     axes = figure.add_subplot()
     places = np.arange(len(timed))
     axes.barh(places, median, height=0.64, color=[looks[result.series]["color"] for result in timed], zorder=2)
-    whiskers = {"fmt": "none", "ecolor": INK, "elinewidth": 1, "capsize": 2.5, "zorder": 3}
+    whiskers: dict[str, Any] = {"fmt": "none", "ecolor": INK, "elinewidth": 1, "capsize": 2.5, "zorder": 3}
     axes.errorbar(median, places, xerr=(median - low, high - median), **whiskers)
     for at in zip(high, places, median, strict=True):
-        note = {"textcoords": "offset points", "fontsize": 8.5, "color": INK, "va": "center"}
+        note: dict[str, Any] = {"textcoords": "offset points", "fontsize": 8.5, "color": INK, "va": "center"}
         axes.annotate(milliseconds(at[2]), at[:2], (5, 0), **note)
     if logarithmic:
         _log_axis(axes.xaxis)
@@ -336,7 +338,7 @@ def plot_roofline(
     _style(axes, "FLOPs per byte moved (log scale)", "attainable share of the peak FLOP/s (log scale)")
     _title(axes, f"What memory allows: {config.num_layers} layers of width {config.hidden_size}")
     caption = f"numbers: batch size; context {context}, {itemsize} bytes a value; roofs: data sheets, dense bfloat16"
-    style = {"fontsize": 8.5, "color": GREY, "x": 0.01, "ha": "left", "parse_math": False}
+    style: dict[str, Any] = {"fontsize": 8.5, "color": GREY, "x": 0.01, "ha": "left", "parse_math": False}
     figure.supxlabel(f"{caption}\n{stars}", **style)
     handles = [Line2D([], [], label=f"{name}: {line[0]:.1f}", **looks[name]) for name, line in ways.items()]
     _legend(figure, handles, "FLOPs per byte at batch 1")
@@ -356,15 +358,16 @@ def _draw_roofs(axes: Axes, left: float, right: float) -> list[Line2D]:
     roofs = []
     for chip, dashes in zip(ROOFS, DASHES, strict=True):
         x = [left, chip.ridge, right]
-        style = {"label": f"{chip.name}: {chip.ridge:.0f}", "color": GREY, "linewidth": 1.1, "linestyle": dashes}
-        roofs += axes.plot(x, [100 * chip.attainable(at) for at in x], zorder=2, **style)
+        style: dict[str, Any] = {"color": GREY, "linewidth": 1.1, "linestyle": dashes, "zorder": 2}
+        label = f"{chip.name}: {chip.ridge:.0f}"
+        roofs += axes.plot(x, [100 * chip.attainable(at) for at in x], label=label, **style)
     return roofs
 
 
 def _draw_stars(axes: Axes, points: dict[str, tuple[float, float]]) -> None:
     for name, at in points.items():
         axes.plot(*at, marker="*", markersize=12, color=INK, linestyle="", zorder=4)
-        note = {"textcoords": "offset points", "fontsize": 8.5, "color": INK, "path_effects": [HALO]}
+        note: dict[str, Any] = {"textcoords": "offset points", "fontsize": 8.5, "color": INK, "path_effects": [HALO]}
         axes.annotate(name, at, (7, 0), parse_math=False, **note)
 
 
@@ -375,7 +378,7 @@ def _draw_way(axes: Axes, intensities: Sequence[float], look: dict, side: int) -
         reach = sorted(100 * chip.attainable(x) for chip in ROOFS)
         axes.plot([x] * len(reach), reach, markersize=5, linewidth=0.8, zorder=3, **look)
         if x > 1.2 * written:
-            note = {"textcoords": "offset points", "ha": "center", "fontsize": 8, "color": look["color"]}
+            note: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "color": look["color"]}
             at = (x, reach[-1]) if side > 0 else (x, reach[0])
-            axes.annotate(str(rows), at, (0, 6 * side), va="bottom" if side > 0 else "top", **note)
+            axes.annotate(str(rows), at, (0, 6 * side), fontsize=8, va="bottom" if side > 0 else "top", **note)
             written = x

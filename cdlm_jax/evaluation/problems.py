@@ -61,9 +61,9 @@ def _benchmark_cases(
     tokenizer: Tokenizer, name: str, path: str | None, count: int | None, chat: bool, allow_code_execution: bool
 ) -> list[Case]:
     benchmark = tasks.benchmark_named(name)
-    check = benchmark.score if not isinstance(benchmark, CodeBenchmark) else partial(code_sandbox.score, benchmark)
     if isinstance(benchmark, CodeBenchmark) and not allow_code_execution:
         raise InputError(f"{name} runs programs that the model writes; --allow_code_execution allows it, in a sandbox")
+    check = partial(code_sandbox.score, benchmark) if isinstance(benchmark, CodeBenchmark) else benchmark.score
     template = tokenizer.apply_chat_template if chat and tokenizer.chat_template is not None else None
     return [
         Case(

@@ -29,8 +29,9 @@ class Sheet(NamedTuple):
         grid.title = Text(self.title, "bold") if self.title else None
         grid.caption = Text(self.caption) if self.caption else None
         for name in self.header:
-            side = "left" if name in WORDS else "right"
-            grid.add_column(Text(name.replace("/", "/\n")), justify=side, overflow="fold")
+            grid.add_column(
+                Text(name.replace("/", "/\n")), justify="left" if name in WORDS else "right", overflow="fold"
+            )
         for row in self.rows:
             grid.add_row(*map(Text, row))
         return grid

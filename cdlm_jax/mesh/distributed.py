@@ -23,7 +23,8 @@ def initialize(coordinator: str | None = None, num_processes: int | None = None,
     Kubernetes. InputError if some are given and others not, or if the others do not answer.
     """
     given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
-    if missing := [name for name, value in given.items() if value is None]:
+    if coordinator is None or num_processes is None or process_id is None:
+        missing = [name for name, value in given.items() if value is None]
         if len(missing) < len(given):
             raise InputError(f"give --coordinator, --num_processes and --process_id together; missing: {missing[0]}")
     elif not 0 <= process_id < num_processes:
@@ -124,7 +125,7 @@ def _pieces_by_process() -> list[list[int]]:
     by_rows = NamedSharding(jax.sharding.get_mesh(), sharding.spec("rows"))
     held: list[set[int]] = [set() for _ in range(jax.process_count())]
     for device, (index,) in by_rows.devices_indices_map((count,)).items():
-        held[device.process_index].add(index.start or 0)
+        held[device.process_index].add(index.start or 0)  # type: ignore[attr-defined]
     return [sorted(pieces) for pieces in held]
 
 

@@ -21,8 +21,9 @@ AXES = ("data", "fsdp", "tensor")
 
 # Logical axis -> mesh axes. Rows of a batch are split over `data` and `fsdp`, of which `fsdp` also keeps one piece each
 # of every weight (gathered when it is used); `tensor` splits the work on each row.
-RULES = {
-    "rows": ("data", "fsdp"),
+ROWS = ("data", "fsdp")  # the axes that the rows of a batch are split over
+RULES: dict[str, str | tuple[str, ...] | None] = {
+    "rows": ROWS,
     "length": None,
     "layers": None,
     "vocab": "tensor",
@@ -98,7 +99,7 @@ def device():
     """
     if described := jax.sharding.get_abstract_mesh().abstract_device:
         return described
-    default = jax.config.jax_default_device
+    default = jax.config.jax_default_device  # type: ignore[attr-defined]  # JAX adds its options at run time
     return jax.devices(default)[0] if isinstance(default, str) else default or jax.devices()[0]
 
 
@@ -117,7 +118,7 @@ def check_model(config: ModelConfig) -> None:
 def row_pieces() -> int:
     """Into how many pieces the rows of a batch are cut."""
     mesh = mesh_sizes()
-    return math.prod(mesh.get(name, 1) for name in RULES["rows"])
+    return math.prod(mesh.get(name, 1) for name in ROWS)
 
 
 def check_rows(rows: int) -> None:

@@ -209,7 +209,8 @@ def _to_store(
     parameters: dict[str, jax.Array], places: dict[str, Place], dtype: np.dtype, max_shard_bytes: int
 ) -> Iterator[dict[str, np.ndarray]]:
     """The tensors of each file, gathered from wherever their pieces are."""
-    shards, room = [[]], max_shard_bytes
+    shards: list[list] = [[]]
+    room = max_shard_bytes
     for name, place in places.items():
         size = math.prod(place.shape) * dtype.itemsize
         if shards[-1] and size > room:
@@ -228,7 +229,8 @@ def _to_store(
 
 
 def _write_weights(folder: Path, shards: Iterator[dict[str, np.ndarray]]) -> None:
-    weight_map, total = {}, 0
+    weight_map: dict[str, int] = {}
+    total = 0
     for number, tensors in enumerate(shards, 1):
         save_file(tensors, folder / f"{number}.part", metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, number)

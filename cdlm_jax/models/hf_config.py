@@ -9,11 +9,11 @@ import dataclasses
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from cdlm_jax.config import InputError, ModelConfig
 
-_KINDS = {field.name: field.type for field in dataclasses.fields(ModelConfig)}
+_KINDS: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(ModelConfig)}
 _TOKEN_IDS = ("mask_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -153,7 +153,7 @@ def parse_config(raw: dict[str, Any], where: str) -> ModelConfig:
     tokens = {key: _value(raw, key, int, where) for key in _TOKEN_IDS if key not in family.implied}
     values = {field: _value(raw, key, _KINDS[field], where) for field, key in family.fields.items()} | tokens
     try:
-        return ModelConfig(family=name, **values, **family.implied)
+        return ModelConfig(family=cast(Any, name), **values, **family.implied)
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
 
@@ -196,15 +196,15 @@ def _rope(raw: dict[str, Any], where: str) -> dict[str, Any]:
     return {"rope_theta": rope.get("rope_theta", raw.get("rope_theta"))}
 
 
-def _value(raw: dict[str, Any], key: str, kind: type, where: str):
-    value = raw.get(key)
+def _value(raw: dict[str, Any], key: str, kind: type, where: str) -> Any:
+    value: Any = raw.get(key)
     if value is None:
         raise InputError(f"{where}: {key} is missing")
     number = (int, float) if kind is float else kind
     # In Python True is an int; in a config it is a mistake.
     if not isinstance(value, number) or isinstance(value, bool) != (kind is bool):
         raise InputError(f"{where}: {key} must be of type {kind.__name__}, got {json.dumps(value)}")
-    if kind is float and not (math.isfinite(value) and value > 0):
+    if kind is float and not 0 < value < math.inf:
         raise InputError(f"{where}: {key} must be a positive number, got {value}")
     return kind(value)
 

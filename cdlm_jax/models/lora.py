@@ -45,7 +45,8 @@ def attach(model: Transformer, *, rank: int, alpha: float, key: jax.Array) -> Tr
     for linear, adapter_key in zip(_targets(model), jax.random.split(key, len(TARGETS)), strict=True):
         if linear.adapter is not None:
             raise InputError("the model has LoRA adapters already; merge them first")
-        linear.adapter = Adapter(linear.kernel.shape, rank=rank, alpha=alpha, key=adapter_key)
+        layers, size_in, size_out = linear.kernel.shape
+        linear.adapter = Adapter((layers, size_in, size_out), rank=rank, alpha=alpha, key=adapter_key)
     return sharding.shard(model)
 
 

@@ -155,11 +155,11 @@ def read_parameter(
     sharding: where it shall live, layers whole; None is JAX's default device. progress is told of tensors done.
     """
     if not stacked:
-        parameter = _on_devices(tensors, shape, dtype, transposed, sharding, stacked=False)
+        whole = _on_devices(tensors, shape, dtype, transposed, sharding, stacked=False)
         progress(1)
-        return parameter
+        return whole
     together = max(1, STEP // (dtype.itemsize * math.prod(shape[1:])))
-    parameter = None
+    parameter: jax.Array | None = None
     for first in range(0, len(tensors), together):
         group = tensors[first : first + together]
         part = _on_devices(group, (len(group), *shape[1:]), dtype, transposed, sharding, stacked=True)
@@ -167,6 +167,7 @@ def read_parameter(
             part = _with_layers(_zeros(shape, dtype, sharding) if parameter is None else parameter, part, first)
         parameter = jax.block_until_ready(part)
         progress(len(group))
+    assert parameter is not None, "a stack has layers"
     return parameter
 
 
@@ -194,10 +195,11 @@ def _on_devices(
         return jax.device_put(read((slice(None),) * len(shape)))
     devices: dict[tuple, list[jax.Device]] = {}
     for device, index in sharding.addressable_devices_indices_map(shape).items():
+        assert index is not None, "an array of this shape has no piece there"
         devices.setdefault(tuple((each.start, each.stop) for each in index), []).append(device)
     pieces = []
-    for index, holders in devices.items():
-        piece = read(tuple(slice(*each) for each in index))
+    for place, holders in devices.items():
+        piece = read(tuple(slice(*each) for each in place))
         pieces += jax.block_until_ready([jax.device_put(piece, device) for device in holders])
     return jax.make_array_from_single_device_arrays(shape, sharding, pieces)
 

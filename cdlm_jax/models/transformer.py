@@ -21,7 +21,7 @@ class Linear(nnx.Module):
         std = scale * size_in**-0.5
         self.kernel = nnx.Param((std * jax.random.normal(rngs.params(), (size_in, size_out))).astype(dtype))
         self.bias = nnx.data(nnx.Param(jnp.zeros(size_out, dtype)) if bias else None)
-        self.adapter = nnx.data(None)
+        self.adapter: nnx.Module | None = nnx.data(None)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = sharding.matmul(x, self.kernel[...].astype(x.dtype))

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import re
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -60,7 +60,7 @@ def cost(text: str, unknown_trips: Trips = lambda loop: 1) -> Cost:
     """
     program = parse(text)
     whole = _tally(program, program.entry, unknown_trips, fused=False)
-    sent: Counter = Counter()
+    sent: defaultdict[tuple[str, Groups], float] = defaultdict(float)
     for (_, kind, groups), size in whole.sent.items():
         sent[kind, groups] += size
     return Cost(whole.flops, whole.bytes, [Collective(kind, groups, size) for (kind, groups), size in sent.items()])
@@ -104,10 +104,10 @@ def _tally(program: Program, name: str, unknown_trips: Trips, *, fused: bool) ->
         if instruction.opcode == "while" and _SWITCH.search(instruction.attributes):
             alternatives += called
             continue
-        trips = 1
+        trips: int | None = 1
         if instruction.opcode == "while":
             trips = trip_count(program, computation, instruction)
-            trips = unknown_trips(instruction) if trips is None else trips
+        trips = unknown_trips(instruction) if trips is None else trips
         for each in called:
             total.add(each, trips, pieces=instruction.opcode == "fusion")
     if alternatives:
@@ -141,7 +141,7 @@ def product_flops(computation: Computation, instruction: Instruction) -> float:
     left, right = (computation.instructions[name].arrays[0].dims for name in instruction.operands[:2])
     result = instruction.arrays[0].dims
     if instruction.opcode == "dot":
-        contracted = re.findall(r"\d+", instruction.attribute("lhs_contracting_dims") or "")
+        contracted = re.findall(r"\d+", instruction.attribute("lhs_contracting_dims"))
         return 2.0 * math.prod(result) * math.prod(left[int(dim)] for dim in contracted)
     return 2.0 * _convolved(instruction, left, right, result)
 

@@ -65,10 +65,10 @@ class Instruction:
     def arrays(self) -> list[Array]:
         return arrays(self.shape)
 
-    def attribute(self, name: str) -> str | None:
-        """The word or the {...} that follows `name=`."""
+    def attribute(self, name: str) -> str:
+        """The word or the {...} that follows `name=`; "" where it does not occur."""
         found = re.search(rf"\b{name}=(\{{[^}}]*\}}|[^\s,]+)", self.attributes)
-        return found and found[1]
+        return found[1] if found else ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +96,8 @@ class Program:
 
 def parse(text: str) -> Program:
     """The computations of an HLO module's text, such as `compiled.as_text()`."""
-    computations, entry, name, lines = {}, "", None, []
+    computations: dict[str, Computation] = {}
+    entry, name, lines = "", None, list[str]()
     for line in re.sub(r"/\*.*?\*/", "", text).splitlines():
         if name is None:
             if header := _COMPUTATION.match(line):
@@ -216,5 +217,5 @@ def called_by(instruction: Instruction) -> list[str]:
         return [name_of(instruction.attribute("body"))]
     if instruction.opcode not in ("fusion", "call", "conditional", "async-start", "custom-call"):
         return []
-    branches = re.findall(r"[\w.\-]+", instruction.attribute("branch_computations") or "")
+    branches = re.findall(r"[\w.\-]+", instruction.attribute("branch_computations"))
     return _CALLED.findall(instruction.attributes) + branches

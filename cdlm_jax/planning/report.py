@@ -5,6 +5,7 @@ import math
 import re
 import time
 from collections import defaultdict
+from typing import Any
 
 import jax
 import numpy as np
@@ -55,7 +56,7 @@ class Plan:
     @property
     def bound(self) -> str:
         """What takes longest."""
-        return max(self.seconds, key=self.seconds.get)
+        return max(self.seconds, key=self.seconds.__getitem__)
 
     @property
     def tokens_per_second(self) -> float:
@@ -90,7 +91,7 @@ def compiled(recipe: Recipe, topology: Topology, name: str) -> tuple[Plan, str]:
         rows = (recipe.distill if name == "distill" else recipe.collect).batch_size // accumulate
         held = {what: _held(values) for what, values in chosen.arguments.items()}
         begin = time.perf_counter()
-        common = {
+        common: dict[str, Any] = {
             "topology": topology.name,
             "chip": topology.chip.name,
             "devices": len(topology.devices),
@@ -111,7 +112,7 @@ def compiled(recipe: Recipe, topology: Topology, name: str) -> tuple[Plan, str]:
             return Plan(**common, memory=held, peak=_wanted(str(error)), compile_seconds=seconds), ""
         seconds = time.perf_counter() - begin
     memory = _memory(executable.memory_analysis(), held)
-    text = executable.as_text()
+    text = executable.as_text() or ""
     work = cost(text, lambda loop: chosen.forwards)
     sent = by_axes(work.collectives, mesh)
     total_sent = sum(size for kinds in sent.values() for size in kinds.values())
@@ -185,8 +186,8 @@ def table(plan: Plan) -> Table:
         grid.add_row("FLOPs", f"{plan.flops:.3g}, {plan.ratio:.2f} x the analytic {plan.analytic:.3g}")
         grid.add_row("memory traffic", gib(plan.bytes))
         for axes, kinds in plan.sent.items():
-            for kind, size in kinds.items():
-                grid.add_row(f"sent over {axes}, {kind}", gib(size))
+            for kind, sent in kinds.items():
+                grid.add_row(f"sent over {axes}, {kind}", gib(sent))
         grid.add_section()
         for name, seconds in plan.seconds.items():
             grid.add_row(f"{name} bound", f"{seconds:.3g} s" + (" (longest)" if name == plan.bound else ""))

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax.sharding import NamedSharding
 
 from cdlm_jax.config import InputError, ModelConfig
@@ -53,9 +54,9 @@ def stage(name: str, recipe: Recipe) -> Stage:
     return STAGES[name](recipe, recipe.architecture)
 
 
-def teacher(recipe: Recipe) -> Transformer:
+def teacher(recipe: Recipe, model_config: ModelConfig) -> Transformer:
     """The recipe's model as shapes, where its parameters lie on the current mesh."""
-    model = abstract(recipe.architecture, recipe.dtype or "float32")
+    model = abstract(model_config, recipe.dtype or "float32")
     leaves = zip(jax.tree.leaves(model), sharding.parameter_shardings(model), strict=True)
     return jax.tree.unflatten(
         jax.tree.structure(model), [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where) for x, where in leaves]
@@ -70,14 +71,15 @@ def row_array(shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
 def _distill(recipe: Recipe, model: ModelConfig) -> Stage:
     config, rows, length = recipe.distill, recipe.distill.batch_size, recipe.gen_length
     optimizer = make_optimizer(config.optimizer, config.steps)
-    graphdef = None
+    graphdef: nnx.GraphDef | None = None
 
     def start(teacher: Transformer):
         nonlocal graphdef
         graphdef, trainable, frozen = distillation.make_student(teacher, config, jax.random.key(recipe.seed))
         return TrainState.create(trainable, optimizer, ema=config.ema_decay > 0), frozen
 
-    state, frozen = jax.eval_shape(start, teacher(recipe))
+    state, frozen = jax.eval_shape(start, teacher(recipe, model))
+    assert graphdef is not None  # set by tracing `start`
     stored = schema(recipe.prompt_length, length, model.hidden_size)
     batch = {name: row_array((rows, *stored[name][0]), stored[name][1]) for name in FIELDS}
     return Stage(
@@ -96,7 +98,7 @@ def _distill(recipe: Recipe, model: ModelConfig) -> Stage:
 def _collect(recipe: Recipe, model: ModelConfig) -> Stage:
     rows, length, block = recipe.collect.batch_size, recipe.gen_length, recipe.block_size
     decode = partial(trajectories, gen_length=length, block_size=block, temperature=max(recipe.collect.temperatures))
-    arguments = {"parameters": teacher(recipe), "inputs": _prompts(recipe, rows)}
+    arguments: dict[str, Any] = {"parameters": teacher(recipe, model), "inputs": _prompts(recipe, rows)}
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
     keys = row_array(keys.shape, keys.dtype)
     each = decode_flops(model, queries=recipe.row.length, keys=recipe.row.length, predicted=block)
@@ -112,7 +114,7 @@ def _collect(recipe: Recipe, model: ModelConfig) -> Stage:
 def _generate(recipe: Recipe, model: ModelConfig) -> Stage:
     rows, length, block = recipe.collect.batch_size, recipe.gen_length, recipe.block_size
     config = cdlm.Config(gen_length=length, block_size=block)
-    arguments = {"parameters": teacher(recipe), "inputs": _prompts(recipe, rows)}
+    arguments: dict[str, Any] = {"parameters": teacher(recipe, model), "inputs": _prompts(recipe, rows)}
     forwards = round(length / TOKENS_PER_FORWARD)
     prompt, context = recipe.prompt_length, recipe.row.length
     prefill = decode_flops(model, queries=prompt, keys=context, predicted=0)

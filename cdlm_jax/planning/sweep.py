@@ -22,6 +22,7 @@ def candidates(recipe: Recipe, topology: Topology, stage: str) -> Iterator[Recip
 
     A training step keeps its number of rows: they are taken in more or fewer parts (`accumulate`).
     """
+    assert recipe.architecture is not None, "`stage` refuses a recipe without one"
     count = len(topology.devices)
     model = abstract(recipe.architecture, recipe.dtype or "float32")
     weights = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(model))

@@ -132,13 +132,20 @@ def _slice(name: str, kind: str, dims: tuple[int, ...]) -> Topology:
         devices = topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
     except Exception as error:  # libtpu's own, of several types
         raise InputError(f"libtpu has no topology {name!r}: {str(error).splitlines()[0]}") from error
-    return Topology(name, chips.find(devices[0].device_kind), devices, dims)
+    return Topology(name, _chip(devices[0].device_kind), devices, dims)  # type: ignore[attr-defined]
+
+
+def _chip(device_kind: str) -> Chip:
+    """The chip of a machine that `load` knows."""
+    chip = chips.find(device_kind)
+    assert chip is not None, f"{device_kind} is in no entry of mesh/chips.py"
+    return chip
 
 
 def _gpus(name: str, board: Board, count: int) -> Topology:
     _needs("jax_plugins.xla_cuda13", "an NVIDIA GPU", "cuda13")
     jax.config.update("jax_platforms", "cpu")
-    chip = chips.find(board.kind)
+    chip = _chip(board.kind)
     config = _target_config(board, chip)
     try:
         found = topologies.get_topology_desc(

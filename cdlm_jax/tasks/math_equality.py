@@ -43,6 +43,7 @@ class Judge:
         with self._lock:
             try:
                 worker = self._started()
+                assert worker.stdin is not None  # a pipe, as `_started` asks
                 worker.stdin.write(json.dumps([gold, answer]).encode() + b"\n")
                 return self._line(worker, self.seconds) == b"true\n"
             except OSError:  # it is late, or it died
@@ -77,6 +78,7 @@ class Judge:
 
     @staticmethod
     def _line(worker: subprocess.Popen, seconds: float) -> bytes:
+        assert worker.stdout is not None  # a pipe, as `_started` asks
         if not select.select([worker.stdout], [], [], seconds)[0]:
             raise TimeoutError
         if line := worker.stdout.readline():

@@ -63,7 +63,7 @@ class MbppProblem(Problem):
     setup: str = ""
 
 
-class Mbpp(CodeBenchmark):
+class Mbpp(CodeBenchmark[MbppProblem]):
     """Zero-shot chat by default; a chat answer begins with an opened fence.
 
     Problems come from a file: the public mbpp.jsonl (`text`, `test_list`; of all 974 rows the test split 11 to 510),
@@ -85,7 +85,7 @@ class Mbpp(CodeBenchmark):
             raise InputError(f"mbpp has 0 to {len(_EXAMPLES)} shots, got {shots}")
         self.shots = shots
 
-    def problems(self, path: str | Path | None = None) -> list[Problem]:
+    def problems(self, path: str | Path | None = None) -> list[MbppProblem]:
         if path is None:
             raise InputError("mbpp needs a data file: mbpp.jsonl, sanitized-mbpp.json, or rows with test_list")
         rows = [(place, row) for place, row in read_rows(path) if row.get("task_id", TEST_SPLIT[0]) in TEST_SPLIT]

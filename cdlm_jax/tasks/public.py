@@ -9,11 +9,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from cdlm_jax.config import InputError
 from cdlm_jax.tasks.base import Problem
 
+P = TypeVar("P", bound=Problem)  # what a benchmark knows of a problem
 Messages = list[dict[str, str]]  # role and content, as chat templates take them
 
 
@@ -31,7 +32,7 @@ class Program:
     setup: str = ""
 
 
-class Benchmark(ABC):
+class Benchmark(ABC, Generic[P]):
     """One public benchmark in one setting.
 
     source: whose setting this is. template: what the user says, with {prompt}. opening: how the model's answer in a
@@ -48,10 +49,10 @@ class Benchmark(ABC):
     stop: tuple[str, ...] = ()
 
     @abstractmethod
-    def problems(self, path: str | Path | None = None) -> list[Problem]:
+    def problems(self, path: str | Path | None = None) -> list[P]:
         """The test split, from a file or, without one, from where the benchmark is installed. InputError if neither."""
 
-    def question(self, problem: Problem) -> str:
+    def question(self, problem: P) -> str:
         """What the user says."""
         return self.template.replace("{prompt}", problem.prompt)
 
@@ -59,11 +60,11 @@ class Benchmark(ABC):
         """(question, answer) of each shot."""
         return ()
 
-    def prefill(self, problem: Problem) -> str:
+    def prefill(self, problem: P) -> str:
         """How the model's answer in a chat begins; the response goes on from there."""
         return self.opening.replace("{prompt}", problem.prompt)
 
-    def messages(self, problem: Problem) -> Messages:
+    def messages(self, problem: P) -> Messages:
         """The chat up to the model's turn, the shots as earlier turns."""
         turns = []
         for question, answer in self.examples():
@@ -71,19 +72,19 @@ class Benchmark(ABC):
         turns.append(("user", self.question(problem)))
         return [{"role": role, "content": content} for role, content in turns]
 
-    def prompt(self, problem: Problem) -> str:
+    def prompt(self, problem: P) -> str:
         """The same for a model without a chat template, with the delimiters of lm-evaluation-harness."""
         shots = [f"{question} {answer}" for question, answer in self.examples()]
         return "\n\n".join([*shots, self.question(problem)])
 
-    def text(self, problem: Problem, chat_template: Callable[[Messages], str] | None = None) -> str:
+    def text(self, problem: P, chat_template: Callable[[Messages], str] | None = None) -> str:
         """What the model reads. chat_template: `Tokenizer.apply_chat_template`, for a model that has one."""
         if chat_template is None:
             return self.prompt(problem)
         return chat_template(self.messages(problem)) + self.prefill(problem)
 
 
-class ScoredBenchmark(Benchmark):
+class ScoredBenchmark(Benchmark[Problem]):
     """Its answers are checked by rules."""
 
     @abstractmethod
@@ -91,11 +92,11 @@ class ScoredBenchmark(Benchmark):
         """True if `response` (the text before the first EOS) is right. Never raises on odd text."""
 
 
-class CodeBenchmark(Benchmark):
+class CodeBenchmark(Benchmark[P]):
     """Its answers are programs, which `evaluation.code_sandbox` runs."""
 
     @abstractmethod
-    def program(self, problem: Problem, response: str) -> Program:
+    def program(self, problem: P, response: str) -> Program:
         """The code in `response` (the text before the first EOS), with the tests. Never raises on odd text."""
 
 

@@ -83,10 +83,17 @@ class ChainSum(ReasoningTask):
         return item["metadata"]["expression"].replace(" ", "") + "?"
 
     def solve(self, prompt: str) -> str:
-        a, operator, b = self.prompt_form.fullmatch(prompt).groups()
+        a, operator, b = self._parts(prompt)
         return str(int(a) + int(operator + b))
 
     def key(self, problem: Problem) -> str:
         """The expression; a sum in the order small + large, so that 12+34 and 34+12 share a split."""
-        a, operator, b = self.prompt_form.fullmatch(problem.prompt).groups()
+        a, operator, b = self._parts(problem.prompt)
         return f"{a}-{b}" if operator == "-" else f"{min(a, b, key=int)}+{max(a, b, key=int)}"
+
+    def _parts(self, prompt: str) -> tuple[str, str, str]:
+        """(first number, + or -, second number)"""
+        found = self.prompt_form.fullmatch(prompt)
+        assert found is not None, f"{prompt!r} was accepted as a prompt"
+        a, operator, b = found.groups()
+        return a, operator, b

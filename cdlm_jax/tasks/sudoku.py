@@ -93,7 +93,7 @@ class Sudoku4(Task):
         # The reader of a renamed puzzle must be able to tell its four symbols, so each is given at least once.
         puzzle = _puzzle(rng, grid, all_symbols=renamed)
         if renamed:
-            symbols = PLAIN
+            symbols = rng.sample("123456789", 4)
             while set(symbols) == PLAIN:
                 symbols = rng.sample("123456789", 4)
             names = str.maketrans("1234", "".join(symbols))

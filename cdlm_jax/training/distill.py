@@ -106,9 +106,9 @@ def make_student(teacher: Transformer, config: DistillConfig, key: jax.Array):
     """(graphdef, trainable, frozen): the teacher's weights with LoRA adapters, or a trainable copy of all of them."""
     if config.lora_rank:
         student = lora.attach(teacher, rank=config.lora_rank, alpha=config.lora_alpha, key=key)
-        graphdef, trainable, rest = nnx.split(student, lora.LoRAParam, ...)
+        graphdef, trainable, rest = nnx.split(student, lora.LoRAParam, ...)  # type: ignore[misc]  # its stubs know no `...`
     else:
-        graphdef, trainable, rest = nnx.split(teacher, nnx.Param, ...)
+        graphdef, trainable, rest = nnx.split(teacher, nnx.Param, ...)  # type: ignore[misc]  # its stubs know no `...`
         # Float32 masters, so that small updates of bfloat16 weights are not rounded away; and copies in any case, since
         # a train step donates its state and the teacher must survive it.
         trainable = jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), trainable)
@@ -179,7 +179,9 @@ def make_loss(graphdef: nnx.GraphDef, config: DistillConfig, block_size: int):
 
     def loss_fn(trainable, frozen: Frozen, batch, keys, step):
         if not config.lora_rank:
-            trainable = jax.tree.map(lambda x: x.astype(frozen.teacher_head.dtype), trainable)
+            assert frozen.teacher_head is not None  # kept where all weights are trained
+            dtype = frozen.teacher_head.dtype
+            trainable = jax.tree.map(lambda x: x.astype(dtype), trainable)
         student = nnx.merge(graphdef, trainable, frozen.student)
         head = student.head
         state_keys, noise_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)

@@ -127,7 +127,7 @@ def train(
                 _read(pending, log, checkpoints)
                 pending = None
             with speed.apart():
-                if evaluates:
+                if evaluate is not None and evaluates:
                     log.write(done, {f"heldout/{name}": value for name, value in evaluate(state).items()})
                 if saves:
                     checkpoints.save(state, iterator.get_state())

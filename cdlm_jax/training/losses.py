@@ -97,8 +97,8 @@ def masked_denoising_loss(
     Returns:
       float32 scalar; differentiable in hidden and head.
     """
-    share = 1 / masked.shape[1] if share is None else share
-    return linear_nll(hidden, head, targets, masked * share / (t[:, None] * masked.shape[0]))
+    weights = masked * (1 / masked.shape[1] if share is None else share)
+    return linear_nll(hidden, head, targets, weights / (t[:, None] * masked.shape[0]))
 
 
 def answer_share(answer: jax.Array, eos_token_id: int, filler_weight: float) -> jax.Array:

@@ -42,7 +42,7 @@ class TrainState:
 
 def make_train_step(
     loss_fn: LossFn, optimizer: optax.GradientTransformation, *, seed: int, accumulate: int = 1, ema_decay: float = 0.0
-) -> Callable:
+) -> jax.stages.Wrapped:
     """The jitted step. The batch's rows are split into `accumulate` equal parts, one backward pass each.
 
     Every loss is a mean over rows and every row has its own random key, so the result does not depend on `accumulate`.

@@ -89,7 +89,7 @@ def collect(
         block_size=block_size,
         hidden_size=model.config.hidden_size,
         logit_alignment=model.config.logit_alignment,
-        mask_token_id=model.config.mask_token_id,
+        mask_token_id=model.config.mask_id,
         eos_token_id=model.config.eos_token_id,
         temperatures=config.temperatures,
         tasks=problems.names,

@@ -43,7 +43,7 @@ INDEX = (
 )  # of TFDS; the last one is written last and says that the store is finished
 PARTIAL = ".cdlm-partial"  # ends the name of every file being written
 
-Record = Mapping[str, np.ndarray]
+Record = Mapping[str, np.ndarray | np.generic]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -118,7 +118,8 @@ def load_metadata(folder: str | os.PathLike) -> Metadata:
     if not isinstance(values, dict) or set(values) != names:
         got = sorted(values) if isinstance(values, dict) else type(values).__name__
         raise InputError(f"{path} was written by another version: got {got}, expected the fields {sorted(names)}")
-    return Metadata(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+    found: dict[str, Any] = {n: tuple(value) if isinstance(value, list) else value for n, value in values.items()}
+    return Metadata(**found)
 
 
 def bytes_per_record(metadata: Metadata) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 LONGEST_ITERATOR = 1 << 17  # items
 
 # name -> (what it is for, its parts, back from the parts). Subclasses arrive as the plain type that they equal.
-_PLAIN = {
+_PLAIN: dict[str, tuple[Any, Callable[[Any], Any], Callable[[Any], Any]]] = {
     "bool": (bool, bool, bool),
     "int": (int, int, int),
     "float": (float, float, float),
@@ -43,8 +43,8 @@ def pack(value: Any, refer: Callable[[Any], Any]) -> Any:
     for name, (kind, parts, _) in _PLAIN.items():
         if isinstance(value, kind):
             return {name: pack(parts(value), refer)}
-    if isinstance(value, type) and getattr(builtins, value.__name__, None) is value:
-        return {"type": value.__name__}
+    if isinstance(value, type) and (kept := vars(builtins).get(value.__name__)) is value:
+        return {"type": kept.__name__}
     if getattr(value, "shape", None) == () and hasattr(value, "item"):  # a NumPy scalar
         return pack(value.item(), refer)
     return {"object": refer(value)}

@@ -6,17 +6,16 @@ GPU's bytes are also those that its cache answers; to a TPU's buffers the compil
 
 import math
 
-import jax
 import numpy as np
 
 from cdlm_jax.kernels.block_attention.gpu_tiles import WGMMA, GpuTiles
-from cdlm_jax.kernels.block_attention.tiles import LANES, Tiles, buffers
+from cdlm_jax.kernels.block_attention.tiles import LANES, Shaped, Tiles, buffers
 from cdlm_jax.kernels.cost import Cost
 
 
 def cost(
-    q: jax.Array | jax.ShapeDtypeStruct,
-    k: jax.Array | jax.ShapeDtypeStruct,
+    q: Shaped,
+    k: Shaped,
     visible_end: np.ndarray,
     tiles: Tiles,
     page_size: int | None = None,
@@ -49,8 +48,8 @@ def cost(
 
 
 def gpu_cost(
-    q: jax.Array | jax.ShapeDtypeStruct,
-    k: jax.Array | jax.ShapeDtypeStruct,
+    q: Shaped,
+    k: Shaped,
     visible_end: np.ndarray,
     tiles: GpuTiles,
     page_size: int | None = None,

@@ -84,9 +84,9 @@ def share(length: jax.Array, split: jax.Array, tiles: GpuTiles) -> tuple[jax.Arr
 
 def _kernel(*refs, tiles: GpuTiles, group: int, pages: int, scale: float, interpret: bool):
     """One program: Q queries of a row, of the heads that share a key head, against one split of the row's keys."""
-    lengths, first_place, table, ends, q, k, v, out, lse, *refs = refs  # HBM, as `block_attention` hands them over
-    q_buffer, k_buffer, v_buffer, ends_buffer, lse_buffer, *refs = refs  # shared memory
-    q_ready, k_ready, v_ready, k_free, v_free, cleared, finished, *part_buffer = refs
+    lengths, first_place, table, ends, q, k, v, out, lse, *on_chip = refs  # HBM, as `block_attention` hands them over
+    q_buffer, k_buffer, v_buffer, ends_buffer, lse_buffer, *barriers = on_chip  # shared memory
+    q_ready, k_ready, v_ready, k_free, v_free, cleared, finished, *part_buffer = barriers
     row, head_and_split, piece = (jax.lax.axis_index(name) for name in GRID)
     head, split = jax.lax.div(head_and_split, tiles.splits), jax.lax.rem(head_and_split, tiles.splits)
     warpgroup, workers = jax.lax.axis_index("warpgroup"), tiles.workers(group)
@@ -127,9 +127,12 @@ def _kernel(*refs, tiles: GpuTiles, group: int, pages: int, scale: float, interp
             plgpu.copy_gmem_to_smem(source, target, q_ready)
         plgpu.copy_gmem_to_smem(ends.at[row, piece], ends_buffer, q_ready)
 
+        def wait(free, t):
+            plgpu.barrier_wait(free.at[stage(t)])
+
         def by_tile(t, _):
             for source, buffer, ready, free in ((k, k_buffer, k_ready, k_free), (v, v_buffer, v_ready, v_free)):
-                pl.when(t - first >= tiles.stages)(lambda free=free: plgpu.barrier_wait(free.at[stage(t)]))
+                pl.when(t - first >= tiles.stages)(partial(wait, free, t))
                 pl.when(t < last)(partial(fetch, source, buffer, ready, t))
 
         jax.lax.fori_loop(first, jnp.where(first < last, last + tiles.stages, first), by_tile, None)

@@ -6,6 +6,7 @@ import math
 import jax
 
 from cdlm_jax.kernels.block_attention import tiles as device_tiles
+from cdlm_jax.kernels.block_attention.tiles import Shaped
 from cdlm_jax.mesh.chips import HOPPER_CORES, HOPPER_SHARED
 
 ALIGNED = 8  # rows of a swizzled tile, which is what copies bring
@@ -48,7 +49,7 @@ def choose(device_kind: str, q: jax.Array, k: jax.Array, pages: int = 0) -> GpuT
 
 
 def heuristic(
-    q: jax.Array, k: jax.Array, pages: int = 0, *, queries: int | None = None, keys: int = WGMMA, stages: int = 6
+    q: Shaped, k: Shaped, pages: int = 0, *, queries: int | None = None, keys: int = WGMMA, stages: int = 6
 ) -> GpuTiles:
     """Tiles for any shapes.
 

@@ -12,6 +12,7 @@ Source: jax.experimental.pallas.ops.tpu.splash_attention.
 """
 
 import math
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -94,7 +95,7 @@ def block_attention(
         valid = (jnp.arange(seq_len) >= valid_start[:, None]).astype(jnp.int32)
         segments = splash.SegmentIds(q=jnp.ones_like(numbers), kv=to_rows(valid))
     q = (q.astype(jnp.float32) * scale).astype(q.dtype)
-    out = kernel(along_sequence(q), along_sequence(k), along_sequence(v), segments)
+    out = cast(jax.Array, kernel(along_sequence(q), along_sequence(k), along_sequence(v), segments))
     return out.swapaxes(0, 1).reshape(rows, padded, heads, head_dim)[:, :seq_len]
 
 
@@ -164,5 +165,5 @@ def _tiles(active: jax.Array, numbers: jax.Array, of_keys: bool = False) -> Mask
         mask_next=None,
         block_mask=arranged(active.astype(jnp.int32)),
         partial_mask_blocks=None,
-        q_sequence=numbers,
+        q_sequence=numbers,  # type: ignore[arg-type]  # traced, which its annotation does not know
     )

@@ -9,6 +9,8 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
+Shaped = jax.Array | jax.ShapeDtypeStruct  # only its shape and dtype are read
+
 TUNED = Path(__file__).with_name("tuning.json")  # device kind -> shape (`shape_name`) -> fields of Tiles
 SUBLANES, LANES = 16, 128  # bfloat16's second-to-last dimension, and any dtype's last one, come in multiples of these
 BLOCK = 2**20  # bytes of a tile of keys, of a program's queries, ...
@@ -39,13 +41,13 @@ def measured(device_kind: str, q: jax.Array, k: jax.Array) -> dict[str, int]:
     return _tuned().get(device_kind, {}).get(shape_name(q, k), {})
 
 
-def shape_name(q: jax.Array, k: jax.Array) -> str:
+def shape_name(q: Shaped, k: Shaped) -> str:
     """What tuned tiles depend on: queries, heads, key heads and head_dim, and the two dtypes."""
     sizes = "x".join(map(str, (q.shape[1], q.shape[2], k.shape[-2], q.shape[3])))
     return f"{sizes} {q.dtype} {k.dtype}"
 
 
-def heuristic(q: jax.Array, k: jax.Array, paged: bool) -> Tiles:
+def heuristic(q: Shaped, k: Shaped, paged: bool) -> Tiles:
     """Tiles of about `BLOCK` bytes, for shapes that nobody has tuned, or smaller ones where they do not fit.
 
     With fewer rows a program has less to do, with smaller tiles of keys a step; with fewer queries keys are fetched
@@ -77,7 +79,7 @@ def heuristic(q: jax.Array, k: jax.Array, paged: bool) -> Tiles:
     return tiles
 
 
-def vmem(q: jax.Array, k: jax.Array, tiles: Tiles) -> int:
+def vmem(q: Shaped, k: Shaped, tiles: Tiles) -> int:
     """Bytes of VMEM that a program needs at most: `buffers`, and what the compiler adds, which is fitted to its reports
     (tests/aot): a step's scores, and a row's queries and results on their way between the two layouts."""
     heads, kv_heads, itemsize = q.shape[2], k.shape[-2], k.dtype.itemsize
@@ -87,7 +89,7 @@ def vmem(q: jax.Array, k: jax.Array, tiles: Tiles) -> int:
     return buffers(q, k, tiles) + moving + _scores(q, k, tiles.queries) * tiles.keys
 
 
-def buffers(q: jax.Array, k: jax.Array, tiles: Tiles) -> int:
+def buffers(q: Shaped, k: Shaped, tiles: Tiles) -> int:
     """Bytes of what the kernel asks for: double-buffered tiles of keys and values, queries and results; the queries by
     head, and the softmax's state."""
     heads, width, kv_heads = q.shape[2], max(q.shape[3], LANES), k.shape[-2]
@@ -98,7 +100,7 @@ def buffers(q: jax.Array, k: jax.Array, tiles: Tiles) -> int:
     return keys + blocks + state
 
 
-def _scores(q: jax.Array, k: jax.Array, queries: int) -> int:
+def _scores(q: Shaped, k: Shaped, queries: int) -> int:
     """Bytes for each key of a step."""
     kv_heads = k.shape[-2]
     return heads_at_once(kv_heads, k.dtype) * q.shape[2] // kv_heads * queries * 4

@@ -83,15 +83,15 @@ class Walk:
 
 def _kernel(*refs, walk: Walk, heads: int, scale: float, scaled: bool, with_lse: bool):
     """One program: some rows, one after the other; of each Q queries against all keys that any of them sees."""
-    refs = iter(refs)
-    take = lambda count: [next(refs) for _ in range(count)]  # noqa: E731
+    left = iter(refs)
+    take = lambda count: [next(left) for _ in range(count)]  # noqa: E731
     streams = 4 if scaled else 2
     lengths, layer, table = take(3)  # SMEM: [rows * programs along Q], [1], [rows * pages]
     q_ref, end_ref = take(2)  # VMEM: [rows, Q, H, D], [rows, 1, 1, Q]
     hbm = take(streams)  # k, v [layers, rows or pages, S * K, D] and their scales [rows, K, S]
     out_ref, *lse_ref = take(2 if with_lse else 1)  # VMEM: [rows, Q, H, D], [rows, 1, H, Q]
     buffers = take(streams)  # VMEM: [2, T * K, D], [2, K, T]
-    q_state, end_state, highest, total, weighted, semaphores = refs
+    q_state, end_state, highest, total, weighted, semaphores = left
     k_buffer, v_buffer, *scale_buffers = buffers
 
     rows, queries, all_heads, head_dim = q_ref.shape

@@ -187,7 +187,7 @@ def _check_heads(**rows_and_head):
 
 def _check_forbidden(forbidden, vocab: int):
     for token in forbidden:
-        if not isinstance(token, Integral) or not 0 <= token < vocab:
+        if not isinstance(token, Integral) or not 0 <= int(token) < vocab:
             raise InputError(f"forbidden must hold ids of the vocabulary 0..{vocab - 1}, got {token!r}")
     if len(set(forbidden)) == vocab:
         raise InputError(f"forbidden holds all {vocab} tokens of the vocabulary")

@@ -71,7 +71,7 @@ def gumbel(seeds: Seeds, ids: jax.Array) -> jax.Array:
 def exponential(u: jax.Array) -> jax.Array:
     """-log1p(-u) of float32 in (0, 1), to about 1e-6 of it, by operations that every kernel's compiler has: its series
     where 1 - u would lose too much of u."""
-    series = 1 / 6
+    series: jax.Array | float = 1 / 6
     for k in (5, 4, 3, 2, 1):
         series = series * u + 1 / k
     return jnp.where(u < 1 / 16, u * series, -jnp.log(1 - u))

@@ -82,7 +82,7 @@ def nll(engine, hidden, head, targets):
 
 
 def _likelihoods(engine, rows: Rows, head):
-    return engine.statistics(lambda z, ids, targets: likelihood(*z, ids, targets), merge_likelihoods, rows, (head,))
+    return engine.statistics(lambda z, ids, targets: likelihood(z[0], ids, targets), merge_likelihoods, rows, (head,))
 
 
 def _nll_forward(engine, hidden, head, targets, weights):

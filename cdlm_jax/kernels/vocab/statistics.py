@@ -108,7 +108,7 @@ def peak(z, ids, barred, temperature, seeds: Seeds | None):
     token, first = argmax(allowed, ids)
     second = largest(jnp.where(ids == token, -jnp.inf, allowed))
     draw = None
-    if temperature > 0:
+    if temperature > 0 and seeds is not None:
         drawn, score = argmax(allowed / temperature + gumbel(seeds, ids), ids)
         draw = Draw(drawn, score, largest(jnp.where(ids == drawn, z, -jnp.inf)))
     return Peak(sum, token, first, second, moment, draw)
@@ -117,7 +117,7 @@ def peak(z, ids, barred, temperature, seeds: Seeds | None):
 def peaks(z, ids, barred, temperature, seeds: Seeds | None):
     """The peak of each column by itself, [..., size]."""
     allowed = z if barred is None else jnp.where(barred, -jnp.inf, z)
-    draw = Draw(ids, allowed / temperature + gumbel(seeds, ids), z) if temperature > 0 else None
+    draw = Draw(ids, allowed / temperature + gumbel(seeds, ids), z) if temperature > 0 and seeds is not None else None
     return Peak(LogSum(z, jnp.ones_like(z)), ids, allowed, jnp.full_like(z, -jnp.inf), jnp.zeros_like(z), draw)
 
 
@@ -138,7 +138,7 @@ def merge_peaks(a: Peak, b: Peak):
     """All ids of a are below those of b, so a wins ties."""
     sum, scale_a, scale_b = merge_log_sums(a.sum, b.sum)
     draw = None
-    if a.draw is not None:
+    if a.draw is not None and b.draw is not None:
         wins = a.draw.score >= b.draw.score
         draw = jax.tree.map(lambda x, y: jnp.where(wins, x, y), a.draw, b.draw)
     return Peak(

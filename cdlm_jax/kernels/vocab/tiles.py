@@ -128,7 +128,7 @@ def choose(sizes: Sizes, columns_first: bool, cores: int, vmem: int) -> Tiles:
 def tuned(device_kind: str, sizes: Sizes) -> Tiles | None:
     """The tiles that were fastest on such a device; None if nobody measured."""
     found = _tuned().get(device_kind, {}).get(sizes.name)
-    return found and Tiles(**found)
+    return Tiles(**found) if found else None
 
 
 @functools.cache

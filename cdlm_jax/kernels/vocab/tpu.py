@@ -59,7 +59,7 @@ def where(condition, x):
 class Step(NamedTuple):
     """What a kernel computes with at a time: some rows of a tile against all its columns."""
 
-    part: slice  # of the tile's rows
+    part: slice | pl.Slice  # of the tile's rows
     rows: Rows
     weights: tuple[jax.Array, ...]  # [d, C]
     ids: jax.Array  # int32 [1, C]
@@ -133,8 +133,8 @@ class Walk:
             else:
                 left = jnp.minimum(n - row_tile * tiles.rows, tiles.rows)
                 jax.lax.fori_loop(0, pl.cdiv(left, size), step, None)
-            if kernel.end is not None:
-                pl.when(inner == grid[-1] - 1)(lambda: kernel.end(*out))
+            if (end := kernel.end) is not None:
+                pl.when(inner == grid[-1] - 1)(lambda: end(*out))
 
         return pl.pallas_call(
             body,
@@ -150,7 +150,8 @@ class Walk:
                 scratch_shapes=scratch,
             ),
             compiler_params=pltpu.CompilerParams(
-                dimension_semantics=("parallel",) * (len(grid) - 1) + ("arbitrary",), vmem_limit_bytes=tiles.vmem
+                dimension_semantics=[*["parallel"] * (len(grid) - 1), "arbitrary"],  # type: ignore[list-item]
+                vmem_limit_bytes=tiles.vmem,
             ),
             cost_estimate=pl.CostEstimate(
                 flops=2 * n * d * vocab * products,
