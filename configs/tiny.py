@@ -100,6 +100,7 @@ def get_config(variant: str = "full") -> ConfigDict:
         "lora_rank": 0,
         "lora_alpha": 32.0,
         "ema_decay": 0.98,
+        "preset_problems": 512,
         "optimizer": {
             "name": "muon",
             "learning_rate": 5e-3,
@@ -135,7 +136,7 @@ def get_config(variant: str = "full") -> ConfigDict:
         config.tasks = {"chain": 2.0, "sudoku4": 1.0}
         config.heldout_per_task = 128
         config.collect.update(num_prompts=960, shard_size=256)
-        config.distill.update(steps=320, batch_size=32, checkpoint_every=80)
+        config.distill.update(steps=320, batch_size=32, checkpoint_every=80, preset_problems=128)
     elif variant != "full":
         raise ValueError(
             f"configs/tiny.py:{variant} is unknown, allowed: full, finish, uniform, arithmetic, autoregressive, quick"
