@@ -22,8 +22,8 @@ def get_config(variant: str = "full") -> ConfigDict:
     config.allow_code_execution = False
     config.gen_length = 0
     config.block_size = 0
-    config.thresholds = (1.0, 0.95, 0.9, 0.7, 0.5)
-    config.headline_threshold = 0.9
+    config.thresholds = (1.0, 0.995, 0.99, 0.95, 0.9, 0.7, 0.5)
+    config.headline_threshold = 0.0  # the student's preset
     config.caches = ("none", "prefix", "dual")
     config.steps = (24, 12, 6, 3)
     config.prompt_interval = 50
@@ -36,6 +36,7 @@ def get_config(variant: str = "full") -> ConfigDict:
         config.tasks = ("chain", "sudoku4")
         config.per_task = 64
         config.thresholds = (0.9,)
+        config.headline_threshold = 0.9
     elif variant != "full":
         raise ValueError(f"configs/benchmark.py:{variant} is unknown, allowed: full, quick")
     return config

@@ -23,6 +23,7 @@ or, with every block of a trajectory trained at once (docs/packed.md measures it
     cdlm distill --config=configs/tiny.py --config.distill.mode=packed --config.distill.consistency_scope=same_block
 
 The shipped student (`shipped/student`) is that of `collect` and the first `distill`; docs/benchmarks.md measures it.
+`quick` chooses no preset, which would add some ten seconds: --config.distill.preset_problems=128 does.
 The causal model to compare with (`shipped/autoregressive`) had 4,000 steps of next-token prediction on the same mixture
 (35 min):
 
@@ -100,6 +101,7 @@ def get_config(variant: str = "full") -> ConfigDict:
         "lora_rank": 0,
         "lora_alpha": 32.0,
         "ema_decay": 0.98,
+        "preset_problems": 512,
         "optimizer": {
             "name": "muon",
             "learning_rate": 5e-3,
@@ -135,7 +137,7 @@ def get_config(variant: str = "full") -> ConfigDict:
         config.tasks = {"chain": 2.0, "sudoku4": 1.0}
         config.heldout_per_task = 128
         config.collect.update(num_prompts=960, shard_size=256)
-        config.distill.update(steps=320, batch_size=32, checkpoint_every=80)
+        config.distill.update(steps=320, batch_size=32, checkpoint_every=80, preset_problems=0)
     elif variant != "full":
         raise ValueError(
             f"configs/tiny.py:{variant} is unknown, allowed: full, finish, uniform, arithmetic, autoregressive, quick"

@@ -68,7 +68,7 @@ def finished(models, tmp_path_factory):
 
 
 def test_every_method_once_in_order():
-    config = make({}, "work", teacher="t")
+    config = make({}, "work", teacher="t", headline_threshold=0.9)
     found = methods(config)
     assert [(method.name, method.series, method.role, method.headline) for method in found] == [
         ("naive, 1 token per step", "naive", "teacher", True),
@@ -167,6 +167,28 @@ def test_answers_are_compared_at_one_length(models, tmp_path):
     options = {method.name: setting.options(method) for method in methods(config)}
     assert {option.gen_length for option in options.values()} == {16}
     assert options["dream, entropy"].block_size is None
+
+
+@pytest.mark.parametrize(
+    ("metadata", "changes", "headline"),
+    [
+        ({"preset": {"threshold": 0.5}}, {}, 0.5),
+        ({"preset": {"threshold": 0.5}}, {"headline_threshold": 0.9}, 0.9),
+        ({}, {}, 0.9),
+    ],
+)
+def test_the_headline_is_the_students_preset(metadata, changes, headline, models, tmp_path):
+    folder = tiny_folder(1, role="student")
+    dataclasses.replace(folder, metadata=folder.metadata | metadata).save(tmp_path / "student")
+    config = Setting.load(make(models | {"student": str(tmp_path / "student")}, tmp_path, **changes)).config
+    chosen = {method.name for method in methods(config) if method.headline and method.options.threshold is not None}
+    assert chosen == {f"{name}, tau {headline}" for name in ("Fast-dLLM dual cache", "untrained student", "CDLM")}
+
+
+def test_a_headline_that_is_not_swept_is_refused(models, tmp_path):
+    config = make(models, tmp_path, headline_threshold=0.7)
+    with pytest.raises(InputError, match="^config.headline_threshold must be one of 0.9, 0.5, got 0.7$"):
+        benchmark(config, Console(file=io.StringIO()))
 
 
 def test_models_that_no_method_uses_are_not_read(models, tmp_path):

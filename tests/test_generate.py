@@ -125,6 +125,26 @@ def test_the_folder_says_how_it_is_decoded():
         Options(decoder="dream", block_size=16).resolve({})
 
 
+def test_a_student_is_used_at_its_preset():
+    preset = {"role": "student", "preset": {"threshold": 0.99}}
+    assert Options().resolve(preset).threshold == 0.99
+    assert Options(threshold=0.0).resolve(preset).threshold == 0.0  # what is given wins
+    assert Options(decoder="naive", steps=256).resolve(preset).threshold is None  # chosen with another decoder
+    assert Options().resolve({"role": "student"}).threshold is None
+
+
+BROKEN = [0.9, [], {}, {"tau": 0.9}, {"threshold": None}, {"threshold": True}, {"threshold": "0.9"}]
+BROKEN += [{"threshold": 1.5}, {"threshold": float("nan")}, {"threshold": 0.9, "steps": 3}]
+
+
+@pytest.mark.parametrize("preset", BROKEN)
+def test_a_broken_preset_is_refused(preset):
+    with pytest.raises(
+        InputError, match=r"^config.json: cdlm.preset must be \{\"threshold\": a number from 0 to 1\}, got "
+    ):
+        Options(threshold=0.5).resolve({"role": "student", "preset": preset})
+
+
 @pytest.mark.parametrize("decoder", DECODERS)
 def test_options_reach_every_decoder(decoder, monkeypatch):
     """By the names of its own Config; the others are refused by name."""

@@ -18,12 +18,16 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from test_model_folder import BLOCK_SIZE, GEN_LENGTH, PROMPT_LENGTH, contents, tiny_folder
 
+from cdlm_jax import tasks
 from cdlm_jax.cli import main
 from cdlm_jax.config import InputError, build
+from cdlm_jax.decoding.options import Options
+from cdlm_jax.evaluation import operating_point
 from cdlm_jax.models.model_folder import ModelFolder
 from cdlm_jax.recipes import recipe as stages
 from cdlm_jax.recipes.quickstart import quickstart
 from cdlm_jax.recipes.recipe import Recipe
+from cdlm_jax.tasks.base import split_of
 from cdlm_jax.trajectories import collect as collecting
 from cdlm_jax.trajectories.store import read
 
@@ -203,6 +207,29 @@ def test_the_student_is_a_model_folder(finished, capsys):
     assert main(["evaluate", f"--model={finished / 'student'}", "--task=chain", "--num=3"]) == 0
     row = next(line for line in capsys.readouterr().out.splitlines() if "chain" in line)
     assert "3" in row and "%" in row
+
+
+def test_the_student_gets_its_preset(finished, tmp_path, monkeypatch):
+    shutil.copytree(finished / "distill", tmp_path / "distill")
+    recipe = continued(finished, tmp_path)
+    recipe = dataclasses.replace(recipe, distill=dataclasses.replace(recipe.distill, preset_problems=2))
+    asked = []
+
+    def sweep(student, problems):
+        asked.extend(problems)
+        yield from real(student, problems)
+
+    real = operating_point.sweep
+    monkeypatch.setattr(operating_point, "THRESHOLDS", (1.0, 0.0))  # of random weights neither is better
+    monkeypatch.setattr(operating_point, "sweep", sweep)
+    stages.distill(recipe)  # no step is left: a checkpoint of a run without a preset continues
+    student = ModelFolder.load(tmp_path / "student")
+    assert student.metadata == ModelFolder.load(finished / "student").metadata | {"preset": {"threshold": 0.0}}
+    assert Options().resolve(student.metadata).threshold == 0.0
+    trained = [recipe.mixture("train", 20, stream=stream)[index] for stream in (0, 1) for index in range(20)]
+    chain = tasks.get("chain")
+    assert len(asked) == 2 and all(split_of(chain, problem) == "train" for _, problem in asked)
+    assert not {problem.prompt for _, problem in asked} & {problem.prompt for _, problem in trained}
 
 
 # ---- continuation --------------------------------------------------------------------------------------------------

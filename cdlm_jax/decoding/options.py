@@ -26,14 +26,25 @@ def folder_size(metadata: dict[str, Any], name: str) -> int | None:
     return size
 
 
+def folder_threshold(metadata: dict[str, Any]) -> float | None:
+    """The confidence threshold that a student's folder was made for (its preset), None if it has none."""
+    match preset := metadata.get("preset"):
+        case None:
+            return None
+        case {"threshold": int() | float() as tau, **more} if not more and not isinstance(tau, bool) and 0 <= tau <= 1:
+            return tau
+    raise InputError(f'config.json: cdlm.preset must be {{"threshold": a number from 0 to 1}}, got {preset!r:.80}')
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
     """How to decode. None takes what the model folder says (`ModelFolder.metadata`), else the default in brackets.
 
     decoder: a name of DECODERS [by the folder's role; naive for a masked model, autoregressive for a causal one];
     gen_length [256]; block_size [32; stays None for a decoder without blocks]; threshold: confidence above which tokens
-    are finalized together [cdlm: 0.9, else one token per step]; the others as in the `Config` of the decoder that has
-    them [dream: as many steps as tokens; dllm_cache: intervals 50 and 7, its authors' for LLaDA on GSM8K].
+    are finalized together [cdlm: the folder's preset, else 0.9; others: one token per step]; the others as in the
+    `Config` of the decoder that has them [dream: as many steps as tokens; dllm_cache: intervals 50 and 7, its authors'
+    for LLaDA on GSM8K].
     """
 
     decoder: str | None = None
@@ -56,8 +67,9 @@ class Options:
     seed: int = 0
 
     def resolve(self, metadata: dict[str, Any], *, causal: bool = False) -> "Options":
-        """With the folder's own sizes and decoder. causal: the model is autoregressive."""
+        """With the folder's own sizes, decoder and preset. causal: the model is autoregressive."""
         sizes = {name: folder_size(metadata, name) or default for name, default in DEFAULT_SIZES.items()}
+        preset = folder_threshold(metadata)
         role = metadata.get("role", "autoregressive" if causal else "teacher")
         if role not in list(ROLES):
             raise InputError(f"config.json: cdlm.role must be one of {', '.join(ROLES)}, got {role!r}")
@@ -66,6 +78,8 @@ class Options:
         )
         if resolved.block_size is None and "block_size" in resolved._known():
             resolved = dataclasses.replace(resolved, block_size=sizes["block_size"])
+        if resolved.threshold is None and resolved.decoder == "cdlm":  # the decoder that the preset was chosen with
+            resolved = dataclasses.replace(resolved, threshold=preset)
         resolved.bind()  # what the decoder refuses is refused now
         return resolved
 

@@ -17,8 +17,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from cdlm_jax.config import InputError
-from cdlm_jax.decoding.options import DEFAULT_SIZES, Options, folder_size
+from cdlm_jax.decoding.options import DEFAULT_SIZES, Options, folder_size, folder_threshold
 from cdlm_jax.decoding.progress import DecodeResult
+from cdlm_jax.decoding.unmask import Threshold
 from cdlm_jax.evaluation import problems
 from cdlm_jax.evaluation.answers import answer_all
 from cdlm_jax.evaluation.harness import (
@@ -31,6 +32,7 @@ from cdlm_jax.evaluation.harness import (
     timings,
 )
 from cdlm_jax.evaluation.metrics import Measured
+from cdlm_jax.evaluation.operating_point import THRESHOLDS
 from cdlm_jax.evaluation.order_plot import Order, plot_order
 from cdlm_jax.evaluation.plots import plot_latency, plot_roofline, plot_throughput, plot_tradeoff
 from cdlm_jax.evaluation.report import benchmark_markdown, benchmark_tables
@@ -51,7 +53,8 @@ class BenchmarkConfig:
     gen_length, block_size: 0 takes each model folder's own.
     thresholds: of fast_dllm, cdlm and untrained; no confidence is above 1: there the last two go token by token.
     caches: of fast_dllm; steps: of truncated; prompt_interval, response_interval: of dllm_cache.
-    headline_threshold: whose point stands for a series in the throughput sweep, over batch_sizes.
+    headline_threshold: whose point stands for a series in the throughput sweep, over batch_sizes; 0 takes the
+        student's preset, or the decoder's own default where it has none.
     repetitions: rounds of every timing; latency_problems: problems timed alone; batch_size: of the accuracy runs.
     """
 
@@ -67,8 +70,8 @@ class BenchmarkConfig:
     allow_code_execution: bool = False
     gen_length: int = 0
     block_size: int = 0
-    thresholds: tuple[float, ...] = (1.0, 0.95, 0.9, 0.7, 0.5)
-    headline_threshold: float = 0.9
+    thresholds: tuple[float, ...] = (1.0, *THRESHOLDS)
+    headline_threshold: float = 0.0
     caches: tuple[Literal["none", "prefix", "dual"], ...] = ("none", "prefix", "dual")
     steps: tuple[int, ...] = ()
     prompt_interval: int = 50
@@ -162,7 +165,9 @@ def _swept(config: BenchmarkConfig, series: str, role: str, options: Options) ->
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What all methods share: each role's folder and, in its tokens, the cases; and the sizes of a response."""
+    """What all methods share: each role's folder and, in its tokens, the cases; and the sizes of a response.
+
+    config: with the headline threshold that its 0 stands for."""
 
     config: BenchmarkConfig
     folders: dict[str, ModelFolder]
@@ -187,6 +192,9 @@ class Setting:
             for role, folder in folders.items()
         }
         sizes = {name: _size(config, folders, name) for name in ("gen_length", "block_size")}
+        preset = folder_threshold(folders["student"].metadata) if "student" in folders else None
+        headline = config.headline_threshold or preset or Threshold().tau
+        config = dataclasses.replace(config, headline_threshold=headline)
         return cls(config, folders, cases, sizes)
 
     def width(self, role: str) -> int:
@@ -229,6 +237,7 @@ def _size(config: BenchmarkConfig, folders: dict[str, ModelFolder], name: str) -
 def benchmark(config: BenchmarkConfig, console: Console) -> list[Measured]:
     """Measure every method, print the tables, write results.json, results.md and the plots under `work`."""
     setting = Setting.load(config)
+    config = setting.config
     chosen = [method for method in methods(config) if method.role in setting.folders]
     swept = any(method.options.threshold is not None for method in chosen)
     if swept and config.headline_threshold not in config.thresholds:

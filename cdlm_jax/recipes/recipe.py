@@ -14,7 +14,9 @@ from cdlm_jax import tasks
 from cdlm_jax.config import InputError, ModelConfig
 from cdlm_jax.decoding.common import check_blocks
 from cdlm_jax.decoding.options import Options
+from cdlm_jax.evaluation import operating_point
 from cdlm_jax.evaluation.harness import Score, answers, by_group, heldout_problems, problem_cases
+from cdlm_jax.mesh.distributed import progress_bar
 from cdlm_jax.mesh.sharding import MeshConfig, check_rows, shard
 from cdlm_jax.models.hf import fingerprint
 from cdlm_jax.models.lora import merge
@@ -35,8 +37,12 @@ from cdlm_jax.trajectories.collect import CollectConfig
 from cdlm_jax.trajectories.collect import collect as collect_trajectories
 from cdlm_jax.trajectories.store import read
 
-# What may change under way: when a run reports and saves, and how a batch is worked through.
-FREE = {"checkpoint_every", "keep_checkpoints", "keep_every", "evaluate_every", "log_every", "accumulate", "remat"}
+# What may change under way: when a run reports and saves, how a batch is worked through, and what follows training.
+FREE = {
+    *("checkpoint_every", "keep_checkpoints", "keep_every", "evaluate_every", "log_every"),
+    *("accumulate", "remat"),
+    "preset_problems",
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -249,9 +255,30 @@ def distill(recipe: Recipe, *, profile: bool = False) -> ModelFolder:
     )
     student = merge(_merged(graphdef, frozen.student, state))
     student = jax.tree.map(lambda x, dtype: x.astype(dtype), student, dtypes)
-    folder = ModelFolder(student, encoder.tokenizer, recipe.metadata("student"))
+    folder = with_preset(recipe, ModelFolder(student, encoder.tokenizer, recipe.metadata("student")))
     folder.save(recipe.folder / "student", replace=True)
     return folder
+
+
+def with_preset(recipe: Recipe, student: ModelFolder) -> ModelFolder:
+    """The student with the threshold to use it at, chosen by `evaluation.operating_point`.
+
+    It is chosen on problems of the train split, as many of each task, in a stream that no stage trains on. A prompt
+    file has no verifiers, so such a student gets none.
+    """
+    count, points = recipe.distill.preset_problems, {}
+    if not (count and recipe.tasks):
+        return student
+    mixtures = [ProblemMixture({name: 1.0}, "train", count, recipe.seed + 2) for name in recipe.tasks]
+    problems = [mixture[index] for mixture in mixtures for index in range(count)]
+    with progress_bar() as progress:
+        bar = progress.add_task("preset", total=len(operating_point.THRESHOLDS))
+        for tau, score in operating_point.sweep(student, problems):
+            points[tau] = score
+            progress.advance(bar)
+        chosen = operating_point.headline(points)
+        progress.update(bar, description=f"preset: threshold {chosen:g}")
+    return dataclasses.replace(student, metadata=student.metadata | {"preset": {"threshold": chosen}})
 
 
 def distill_step(recipe: Recipe, graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation) -> jax.stages.Wrapped:

@@ -38,6 +38,7 @@ class DistillConfig(LoopConfig):
         network at each state.
     lora_rank: 0 trains all parameters.
     accumulate: backward passes per update; each takes batch_size / accumulate rows.
+    preset_problems: training problems of each task on which the student's threshold is chosen; 0 leaves it open.
     """
 
     batch_size: int = 64
@@ -51,6 +52,7 @@ class DistillConfig(LoopConfig):
     lora_rank: int = 32
     lora_alpha: float = 32.0
     remat: bool = False
+    preset_problems: int = 0
 
     def __post_init__(self):
         super().__post_init__()
@@ -71,6 +73,8 @@ class DistillConfig(LoopConfig):
             )
         if self.lora_rank < 0:
             raise InputError(f"distill.lora_rank must be 0 (train everything) or more, got {self.lora_rank}")
+        if self.preset_problems < 0:
+            raise InputError(f"distill.preset_problems must be 0 (no preset) or more, got {self.preset_problems}")
         if not 0 <= self.ema_decay < 1:
             raise InputError(f"distill.ema_decay must be in [0, 1), got {self.ema_decay}")
 
