@@ -24,6 +24,7 @@ def run(values: flags.FlagValues) -> None:
     from cdlm_jax.evaluation.answers import answer_all
     from cdlm_jax.evaluation.harness import by_group
     from cdlm_jax.evaluation.report import score_table
+    from cdlm_jax.mesh.progress import track
 
     if not values.task and not values.data:
         raise InputError("give --task=names, --data=files, or both")
@@ -38,5 +39,6 @@ def run(values: flags.FlagValues) -> None:
             chat=values.chat,
             allow_code_execution=values.allow_code_execution,
         )
-        scores = by_group(list(answer_all(folder, cases, options, values.batch_size)))
+        found = answer_all(folder, cases, options, values.batch_size)
+        scores = by_group(list(track(found, "answers", len(cases))))
     console().print(score_table(scores).rich())
