@@ -13,7 +13,7 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_list("task", None, "Tasks and public benchmarks (gsm8k ...), comma-separated.", flag_values=values)
     number = flags.DEFINE_integer
     number("num", None, "Problems of each [512 of a task, all of a benchmark].", lower_bound=1, flag_values=values)
-    data = "Files: 4x4 Sudoku, Countdown-3, or name=path of a benchmark; comma-separated."
+    data = "Files: 4x4 Sudoku, Countdown, or name=path of a benchmark; comma-separated."
     flags.DEFINE_list("data", None, data, flag_values=values)
     flags.DEFINE_bool("chat", True, "Use the folder's chat template for benchmarks, if it has one.", flag_values=values)
     define_code_execution(values)

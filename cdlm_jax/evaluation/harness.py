@@ -53,14 +53,14 @@ def heldout_problems(names: Sequence[str], per_task: int) -> list[NamedProblem]:
     return [(name, tasks.get(name).problem("heldout", index)) for name in names for index in range(per_task)]
 
 
-def problem_cases(tokenizer: Tokenizer, problems: Sequence[NamedProblem], group: str | None = None) -> list[Case]:
-    """Problems as cases, each counted under `group`, or its task's name."""
+def problem_cases(tokenizer: Tokenizer, problems: Sequence[NamedProblem]) -> list[Case]:
+    """Problems as cases, each counted under its task's name."""
     return [
         Case(
             ids=tokenizer.encode(problem.prompt),
             text=problem.prompt,
             check=lambda response, name=name, problem=problem: tasks.get(name).score(problem, response),
-            group=name if group is None else group,
+            group=name,
         )
         for name, problem in problems
     ]
