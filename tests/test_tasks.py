@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from cdlm_jax import tasks
@@ -318,6 +318,26 @@ def test_countdown_by_hand():
     assert task.key(problem) == task.key(Problem("79,15,44>22", ""))
 
 
+@settings(deadline=None, max_examples=60, derandomize=True)
+@given(data=st.data(), count=st.integers(3, 9))
+def test_countdown_of_any_size(data, count):
+    """Numbers combined at random in any order are right for what they lead to, and for nothing else."""
+    numbers = data.draw(st.lists(st.integers(1, 99), min_size=count, max_size=count))
+    available, steps = list(numbers), []
+    while len(available) > 1:
+        a, b = sorted((available.pop(data.draw(st.integers(0, len(available) - 1))) for _ in range(2)), reverse=True)
+        results = {operator: countdown.apply(a, operator, b) for operator in "-+*/"}
+        operator = data.draw(st.sampled_from([o for o, value in results.items() if value is not None and value < 100]))
+        available.append(results[operator])
+        steps.append(f"{a}{operator}{b}={available[-1]}")
+    assume(available[0] > 0)
+    puzzle = countdown.Countdown(count)
+    problem = Problem(f"{','.join(map(str, numbers))}>{available[0]}", ",".join(steps))
+    assert puzzle.score(problem, problem.answer)
+    assert not puzzle.score(problem, problem.answer.replace("=", "=0", 1))
+    assert not puzzle.score(problem, ",".join(steps[:-1]))
+
+
 def test_countdown_numbers_and_mix():
     problems = sample(tasks.get("countdown3"), "train")
     for problem in problems:
@@ -398,6 +418,23 @@ def test_real_sudoku_grids_are_exactly_the_held_out_ones():
 
 
 @needs_data
+@pytest.mark.parametrize("numbers", [3, 4, 5])
+def test_real_countdown_of_any_size(numbers):
+    """Every given solution is right, and none is once a step, an operator, or the target is another."""
+    puzzle, problems = real_data.load(DATA / f"dream_cd{numbers}_test.jsonl")
+    assert puzzle.name == f"countdown{numbers}" and len(problems) == 1000
+    for problem in problems:
+        steps = problem.answer.split(",")
+        assert len(steps) == numbers - 1 and puzzle.score(problem, problem.answer)
+        numbers_part, _, target = problem.prompt.partition(">")
+        other = Problem(f"{numbers_part}>{int(target) % 99 + 1}", "")
+        assert not puzzle.score(other, problem.answer)
+        assert not puzzle.score(problem, ",".join(steps[:-1]))
+        assert not puzzle.score(problem, ",".join([*steps, steps[-1]]))
+        assert not puzzle.score(problem, problem.answer.replace("=", "=1", 1))
+
+
+@needs_data
 def test_real_countdown_numbers_are_exactly_the_shipped_ones():
     task, problems = real_data.load(COUNTDOWN_FILE)
     assert task.name == "countdown3" and len(problems) == 1000
@@ -429,8 +466,12 @@ def test_real_data_formats(tmp_path):
         ("{", "not JSON"),
         ("[1]", "expected an object"),
         ({"input": "15,44,79,50"}, "expected an object with the texts 'input' and 'output'"),
-        ({**COUNTDOWN_ROW, "input": "1,2,3,4,5"}, "neither a 4x4 Sudoku nor three numbers"),
-        ({**COUNTDOWN_ROW, "input": "0,44,79,50"}, "three numbers of 1..99"),
+        (
+            {"input": "1,2,3,4,10", "output": "1+2=3,3+3=6,6+4=10"},
+            "a countdown4 row in a file that began with countdown3 rows",
+        ),
+        ({**COUNTDOWN_ROW, "input": "1,2,3"}, "neither a 4x4 Sudoku nor 3 to 9 numbers and a target"),
+        ({**COUNTDOWN_ROW, "input": "0,44,79,50"}, "3 numbers and a target of 1..99"),
         ({**COUNTDOWN_ROW, "output": "44-15=28,79-29=50"}, "does not solve"),
         ({**SUDOKU_ROW, "output": "1342\n2431\n4123\n3241"}, "does not solve"),
         (SUDOKU_ROW, "a sudoku4 row in a file that began with countdown3 rows"),

@@ -13,7 +13,7 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_list("task", None, "Tasks and public benchmarks (gsm8k ...), comma-separated.", flag_values=values)
     number = flags.DEFINE_integer
     number("num", None, "Problems of each [512 of a task, all of a benchmark].", lower_bound=1, flag_values=values)
-    data = "Files: 4x4 Sudoku, Countdown-3, or name=path of a benchmark; comma-separated."
+    data = "Files: 4x4 Sudoku, Countdown, or name=path of a benchmark; comma-separated."
     flags.DEFINE_list("data", None, data, flag_values=values)
     flags.DEFINE_bool("chat", True, "Use the folder's chat template for benchmarks, if it has one.", flag_values=values)
     define_code_execution(values)
@@ -24,6 +24,7 @@ def run(values: flags.FlagValues) -> None:
     from cdlm_jax.evaluation.answers import answer_all
     from cdlm_jax.evaluation.harness import by_group
     from cdlm_jax.evaluation.report import score_table
+    from cdlm_jax.mesh.progress import track
 
     if not values.task and not values.data:
         raise InputError("give --task=names, --data=files, or both")
@@ -38,5 +39,6 @@ def run(values: flags.FlagValues) -> None:
             chat=values.chat,
             allow_code_execution=values.allow_code_execution,
         )
-        scores = by_group(list(answer_all(folder, cases, options, values.batch_size)))
+        found = answer_all(folder, cases, options, values.batch_size)
+        scores = by_group(list(track(found, "answers", len(cases))))
     console().print(score_table(scores).rich())

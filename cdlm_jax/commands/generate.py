@@ -28,6 +28,7 @@ def run(values: flags.FlagValues) -> None:
     from cdlm_jax.evaluation.answers import answer_all, check_writable, write_answers
     from cdlm_jax.evaluation.harness import Case
     from cdlm_jax.mesh.distributed import is_main
+    from cdlm_jax.mesh.progress import track
 
     sources = [name for name in ("prompt", "prompt_ids", "task", "input") if values[name].value is not None]
     if len(sources) != 1:
@@ -48,7 +49,10 @@ def run(values: flags.FlagValues) -> None:
         if output is not None and is_main():
             check_writable(output)
         found = []
-        for answer in answer_all(folder, cases, options, values.batch_size):
+        answers = answer_all(folder, cases, options, values.batch_size)
+        if output is not None and not values.show_steps:
+            answers = track(answers, "answers", len(cases))
+        for answer in answers:
             found.append(answer)
             if values.show_steps:
                 show_steps(folder, answer, options, terminal)

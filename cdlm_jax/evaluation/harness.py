@@ -8,12 +8,14 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from rich.console import Console
 
 from cdlm_jax import tasks
 from cdlm_jax.config import InputError, ModelConfig
 from cdlm_jax.decoding.common import check_ids
 from cdlm_jax.decoding.progress import DecodeResult
 from cdlm_jax.mesh.distributed import fetch, place_whole
+from cdlm_jax.mesh.progress import progress
 from cdlm_jax.mesh.sharding import whole_batch
 from cdlm_jax.text.tokenizers import Tokenizer
 
@@ -52,14 +54,14 @@ def heldout_problems(names: Sequence[str], per_task: int) -> list[NamedProblem]:
     return [(name, tasks.get(name).problem("heldout", index)) for name in names for index in range(per_task)]
 
 
-def problem_cases(tokenizer: Tokenizer, problems: Sequence[NamedProblem], group: str | None = None) -> list[Case]:
-    """Problems as cases, each counted under `group`, or its task's name."""
+def problem_cases(tokenizer: Tokenizer, problems: Sequence[NamedProblem]) -> list[Case]:
+    """Problems as cases, each counted under its task's name."""
     return [
         Case(
             ids=tokenizer.encode(problem.prompt),
             text=problem.prompt,
             check=partial(tasks.get(name).score, problem),
-            group=name if group is None else group,
+            group=name,
         )
         for name, problem in problems
     ]
@@ -152,24 +154,34 @@ class Timing:
     calls: list[float]
 
 
-def timings(calls: dict[str, Sequence[Callable[[], DecodeResult]]], repetitions: int = 1) -> dict[str, Timing]:
-    """Every decoder's calls (as many for each), `repetitions` times, compile excluded.
+def timings(
+    calls: dict[str, Sequence[Callable[[], DecodeResult]]],
+    repetitions: int = 1,
+    *,
+    label: str = "latency",
+    console: Console | None = None,
+) -> dict[str, Timing]:
+    """Every decoder's calls (as many for each), `repetitions` times, compile excluded; shown under `label`.
 
     The decoders take turns call by call, so that a drifting machine hurts all alike.
     """
-    first, second = ({name: _seconds(own[0]) for name, own in calls.items()} for _ in range(2))
     seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(repetitions):
-        for turn in zip(*calls.values(), strict=True):
-            for name, call in zip(calls, turn, strict=True):
-                seconds[name].append(_seconds(call))
+    total = 2 * len(calls) + repetitions * sum(map(len, calls.values()))
+    with progress(label, total, transient=True, console=console) as bar:
+
+        def timed(call: Callable[[], DecodeResult]) -> float:
+            begin = time.perf_counter()
+            jax.block_until_ready(call())
+            spent = time.perf_counter() - begin
+            bar.advance()
+            return spent
+
+        first, second = ({name: timed(own[0]) for name, own in calls.items()} for _ in range(2))
+        for _ in range(repetitions):
+            for turn in zip(*calls.values(), strict=True):
+                for name, call in zip(calls, turn, strict=True):
+                    seconds[name].append(timed(call))
     return {name: Timing(max(0.0, first[name] - second[name]), seconds[name]) for name in calls}
-
-
-def _seconds(call: Callable[[], DecodeResult]) -> float:
-    begin = time.perf_counter()
-    jax.block_until_ready(call())
-    return time.perf_counter() - begin
 
 
 def request(cases: Sequence[Case], width: int, pad: int, seed: int = 0) -> tuple[jax.Array, jax.Array, jax.Array]:

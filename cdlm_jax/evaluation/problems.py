@@ -28,7 +28,7 @@ def cases(
 
     names: tasks, whose first `count` held-out problems are taken (None: 512), and public benchmarks (None: all; so of
         files).
-    files: Sudoku or Countdown-3 as `path`; a benchmark's as `name=path`, or as `path` if it is alone.
+    files: Sudoku or Countdown as `path`; a benchmark's as `name=path`, or as `path` if it is alone.
     chat: put benchmark questions into the folder's chat template, where it has one.
     """
     if tokenizer is None:
@@ -41,8 +41,11 @@ def cases(
     paths, puzzles = _assigned(files, benchmarks, alone=len(names) == 1)
     found = problem_cases(tokenizer, heldout_problems([n for n in names if n in tasks.NAMES], count or PER_TASK))
     for path in puzzles:
-        task, problems = real_data.load(path)
-        found += problem_cases(tokenizer, [(task.name, problem) for problem in problems[:count]], group=Path(path).name)
+        puzzle, problems = real_data.load(path)
+        found += [
+            Case(tokenizer.encode(problem.prompt), problem.prompt, partial(puzzle.score, problem), Path(path).name)
+            for problem in problems[:count]
+        ]
     for name in benchmarks:
         found += _benchmark_cases(tokenizer, name, paths.get(name), count, chat, allow_code_execution)
     return found

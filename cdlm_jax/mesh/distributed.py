@@ -8,7 +8,6 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 
 from cdlm_jax.config import InputError
 from cdlm_jax.mesh import sharding
@@ -42,12 +41,6 @@ def initialize(coordinator: str | None = None, num_processes: int | None = None,
 def is_main() -> bool:
     """Whether this process is the one that prints, and that writes what is written once."""
     return jax.process_index() == 0
-
-
-def progress_bar(*more: ProgressColumn, **options) -> Progress:
-    """Description, bar, count, time left and `more` columns, shown by the first process; `options` are rich's."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), *more)
-    return Progress(*columns, **{"disable": not is_main()} | options)
 
 
 def barrier(name: str) -> None:

@@ -6,9 +6,7 @@ import hashlib
 import json
 import math
 import shutil
-import sys
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,11 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from rich.console import Console
 from safetensors.numpy import save_file
 
 from cdlm_jax.config import InputError, ModelConfig
 from cdlm_jax.mesh import sharding
-from cdlm_jax.mesh.distributed import fetch, is_main, progress_bar
+from cdlm_jax.mesh.distributed import fetch, is_main
+from cdlm_jax.mesh.progress import progress
 from cdlm_jax.models.hf_config import config_text, read_config, read_metadata
 from cdlm_jax.models.lora import merge
 from cdlm_jax.models.stored import INDEX, SINGLE, STORED_DTYPES, check_shapes, check_tied, open_folder, read_parameter
@@ -87,7 +87,7 @@ def load_model(folder: str | Path, *, dtype=None) -> Transformer:
 
     dtype: float32 or bfloat16. Under a mesh (`jax.set_mesh`) parameters go straight to their places on it
     (`sharding.parameter_specs`); each process reads only what its own devices hold. Beside that, host memory holds one
-    piece of one tensor at a time (`models.stored`). A terminal shows the progress.
+    piece of one tensor at a time (`models.stored`). Shown as it goes (`mesh.progress`).
     Raises InputError, by name, for: a config that cannot be expressed (`read_config`); a missing, unexpected, doubled
     or wrongly shaped tensor; a truncated or foreign file; an index that disagrees with its files; a stored dtype other
     than float32 and bfloat16; mixed stored dtypes when `dtype` is None; sizes that the mesh does not divide.
@@ -108,8 +108,9 @@ def load_model(folder: str | Path, *, dtype=None) -> Transformer:
         tensors: dict[str, list[str]] = {}
         for name, place in places.items():
             tensors.setdefault(place.parameter, []).append(name)
-        bar = stack.enter_context(progress_bar(transient=True, disable=not sys.stdout.isatty()))
-        task = bar.add_task(f"loading {folder.name}", total=len(places))
+        # On the error stream: what a command prints stays clean.
+        console = Console(stderr=True, quiet=not is_main())
+        bar = stack.enter_context(progress(f"loading {folder.name}", len(places), transient=True, console=console))
         leaves = [
             read_parameter(
                 [stored[name] for name in tensors[parameter]],
@@ -118,7 +119,7 @@ def load_model(folder: str | Path, *, dtype=None) -> Transformer:
                 stacked=places[tensors[parameter][0]].layer is not None,
                 transposed=places[tensors[parameter][0]].transposed,
                 sharding=where,
-                progress=partial(bar.advance, task),
+                progress=bar.advance,
             )
             for (parameter, leaf), where in zip(_parameters(model).items(), shardings, strict=True)
         ]

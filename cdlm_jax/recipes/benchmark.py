@@ -14,7 +14,6 @@ from typing import Literal
 import jax
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from cdlm_jax.config import InputError
 from cdlm_jax.decoding.options import DEFAULT_SIZES, Options, folder_size, folder_threshold
@@ -36,6 +35,7 @@ from cdlm_jax.evaluation.operating_point import THRESHOLDS
 from cdlm_jax.evaluation.order_plot import Order, plot_order
 from cdlm_jax.evaluation.plots import plot_latency, plot_roofline, plot_throughput, plot_tradeoff
 from cdlm_jax.evaluation.report import benchmark_markdown, benchmark_tables
+from cdlm_jax.mesh.progress import track
 from cdlm_jax.models.hf import fingerprint
 from cdlm_jax.models.model_folder import ModelFolder
 
@@ -220,9 +220,7 @@ class Setting:
         options = dataclasses.replace(self.options(method), seed=self.config.seed)
         cases = self.cases[method.role]
         found = answer_all(self.folders[method.role], cases, options, self.config.batch_size)
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        with Progress(*columns, console=console) as progress:
-            return list(progress.track(found, total=len(cases), description=f"{method.name:32}"))
+        return list(track(found, f"{method.name:32}", len(cases), console=console))
 
 
 def _size(config: BenchmarkConfig, folders: dict[str, ModelFolder], name: str) -> int:
@@ -266,8 +264,8 @@ def benchmark(config: BenchmarkConfig, console: Console) -> list[Measured]:
 def _latency(setting: Setting, chosen: Sequence[Method], console: Console) -> dict[str, Timing]:
     """Every method on single problems."""
     calls = {method.name: setting.calls(method, setting.config.latency_problems, 1) for method in chosen}
-    with console.status(f"latency, one sequence at a time, {setting.config.repetitions} rounds"):
-        return timings(calls, setting.config.repetitions)
+    label = f"latency, one sequence at a time, {setting.config.repetitions} rounds"
+    return timings(calls, setting.config.repetitions, label=label, console=console)
 
 
 def _throughput(setting: Setting, chosen: Sequence[Method], console: Console) -> dict[str, dict[int, Spread]]:
@@ -275,8 +273,8 @@ def _throughput(setting: Setting, chosen: Sequence[Method], console: Console) ->
     found: dict[str, dict[int, Spread]] = {method.name: {} for method in chosen}
     for size in setting.config.batch_sizes:
         calls = {method.name: setting.calls(method, max(setting.config.batch_sizes), size) for method in chosen}
-        with console.status(f"throughput, batch {size}, {setting.config.repetitions} rounds"):
-            timed = timings(calls, setting.config.repetitions)
+        label = f"throughput, batch {size}, {setting.config.repetitions} rounds"
+        timed = timings(calls, setting.config.repetitions, label=label, console=console)
         for name, own in calls.items():
             tokens = sum(int(call().lengths.sum()) for call in own)
             rounds = np.reshape(timed[name].calls, (setting.config.repetitions, len(own))).sum(axis=1)

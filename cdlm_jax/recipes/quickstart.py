@@ -24,6 +24,7 @@ from cdlm_jax.evaluation.order_plot import Order, plot_order
 from cdlm_jax.evaluation.player import play
 from cdlm_jax.evaluation.plots import plot_accuracy
 from cdlm_jax.evaluation.report import accuracy_table, comparison_table
+from cdlm_jax.mesh.progress import track
 from cdlm_jax.models.model_folder import ModelFolder
 from cdlm_jax.recipes import recipe as stages
 from cdlm_jax.recipes.recipe import Recipe
@@ -90,14 +91,15 @@ def report(
     cases = problem_cases(encoder.tokenizer, heldout_problems(list(recipe.tasks), recipe.heldout_per_task))
     width, config = recipe.prompt_length, teacher.model.config
 
-    def evaluate(decode: Decode) -> list[Answer]:
-        return list(answers(decode, config, encoder.tokenizer, cases, batch_size=64, width=width))
+    def evaluate(name: str, decode: Decode) -> list[Answer]:
+        found = answers(decode, config, encoder.tokenizer, cases, batch_size=64, width=width)
+        return list(track(found, f"{name:32}", len(cases), console=console))
 
     sizes = {"gen_length": recipe.gen_length, "block_size": recipe.block_size}
     naive, cdlm = (partial(Options, decoder=decoder, **sizes) for decoder in ("naive", "cdlm"))
     # The truncated teacher gets the student's own budget of forwards, in whole steps per block.
     blocks = recipe.gen_length // recipe.block_size
-    answered = {STUDENT: evaluate(partial(cdlm(threshold=0.9).bind(), student.model))}
+    answered = {STUDENT: evaluate(STUDENT, partial(cdlm(threshold=0.9).bind(), student.model))}
     budget = Score.of(answered[STUDENT]).forwards
     steps = blocks * min(recipe.block_size // 2, max(1, round(budget / blocks)))
     methods = [  # name, series, model, how it decodes
@@ -111,15 +113,14 @@ def report(
         ("CDLM, tau 0.7", "CDLM", student.model, cdlm(threshold=0.7)),
     ]
     decoders = {name: partial(options.bind(), model) for name, _, model, options in methods}
-    with console.status("latency, one sequence at a time"):
-        timed = cases[:: max(1, len(cases) // LATENCY_PROBLEMS)]
-        requests = [request([case], width, config.pad_token_id) for case in timed]
-        timing = timings({name: [partial(decode, *one) for one in requests] for name, decode in decoders.items()})
+    timed = cases[:: max(1, len(cases) // LATENCY_PROBLEMS)]
+    requests = [request([case], width, config.pad_token_id) for case in timed]
+    calls = {name: [partial(decode, *one) for one in requests] for name, decode in decoders.items()}
+    timing = timings(calls, label="latency, one sequence at a time", console=console)
     results = []
     for name, series, _, options in methods:
         if name not in answered:
-            with console.status(f"{name}: {len(cases)} problems"):
-                answered[name] = evaluate(decoders[name])
+            answered[name] = evaluate(name, decoders[name])
         results.append(Measured.of(name, series, options, answered[name], timing[name]))
     folder = recipe.folder / "report"
     folder.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,7 @@ from cdlm_jax.decoding.common import check_blocks
 from cdlm_jax.decoding.options import Options
 from cdlm_jax.evaluation import operating_point
 from cdlm_jax.evaluation.harness import Score, answers, by_group, heldout_problems, problem_cases
-from cdlm_jax.mesh.distributed import progress_bar
+from cdlm_jax.mesh.progress import progress
 from cdlm_jax.mesh.sharding import MeshConfig, check_rows, shard
 from cdlm_jax.models.hf import fingerprint
 from cdlm_jax.models.lora import merge
@@ -271,13 +271,12 @@ def with_preset(recipe: Recipe, student: ModelFolder) -> ModelFolder:
         return student
     mixtures = [ProblemMixture({name: 1.0}, "train", count, recipe.seed + 2) for name in recipe.tasks]
     problems = [mixture[index] for mixture in mixtures for index in range(count)]
-    with progress_bar() as progress:
-        bar = progress.add_task("preset", total=len(operating_point.THRESHOLDS))
+    with progress("preset", len(operating_point.THRESHOLDS)) as bar:
         for tau, score in operating_point.sweep(student, problems):
             points[tau] = score
-            progress.advance(bar)
+            bar.advance()
         chosen = operating_point.headline(points)
-        progress.update(bar, description=f"preset: threshold {chosen:g}")
+        bar.advance(0, f"threshold {chosen:g}")
     return dataclasses.replace(student, metadata=student.metadata | {"preset": {"threshold": chosen}})
 
 

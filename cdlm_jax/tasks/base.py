@@ -18,10 +18,22 @@ class Problem:
     answer: str
 
 
-class Task(ABC):
-    """One kind of problem with answers that rules can check. One character is one token."""
+class Puzzle(ABC):
+    """One kind of problem with answers that rules can check, wherever its problems come from."""
 
     name: str
+
+    @abstractmethod
+    def score(self, problem: Problem, response: str) -> bool:
+        """True if `response` (the decoded text before the first EOS) solves the problem. Never raises on odd text."""
+
+    def malformed(self, prompt: str, expected: str) -> InputError:
+        return InputError(f"{self.name}: prompt {prompt!r} is not {expected}")
+
+
+class Task(Puzzle):
+    """A puzzle that makes problems of its own, to train on. One character is one token."""
+
     characters: str  # every character that a prompt or a worked answer may hold
 
     @abstractmethod
@@ -35,10 +47,6 @@ class Task(ABC):
     @abstractmethod
     def key(self, problem: Problem) -> str:
         """What must not be shared between the splits: problems with equal keys fall into the same split."""
-
-    @abstractmethod
-    def score(self, problem: Problem, response: str) -> bool:
-        """True if `response` (the decoded text before the first EOS) solves the problem. Never raises on odd text."""
 
     def is_heldout(self, key: str) -> bool:
         """Every eighth key, chosen by a hash that is the same on every machine and Python."""
@@ -56,9 +64,6 @@ class Task(ABC):
             problem = self.sample(rng, split)
             if split_of(self, problem) == split:
                 return problem
-
-    def malformed(self, prompt: str, expected: str) -> InputError:
-        return InputError(f"{self.name}: prompt {prompt!r} is not {expected}")
 
 
 def split_of(task: Task, problem: Problem) -> str:

@@ -1,4 +1,4 @@
-"""Countdown with three numbers: `15,44,79>50` -> `44-15=29,79-29=50`.
+"""Countdown: `15,44,79>50` -> `44-15=29,79-29=50`, judged for any number of numbers, made with three.
 
 Format, ranges, mix of operators and order of operands follow Dream's public test file dream_cd3_test.jsonl.
 """
@@ -9,7 +9,7 @@ from functools import cache
 from importlib import resources
 from itertools import permutations
 
-from cdlm_jax.tasks.base import Problem, Task
+from cdlm_jax.tasks.base import Problem, Puzzle, Task
 
 LARGEST = 99
 TARGETS = (22, 96)
@@ -18,9 +18,7 @@ _OPERATOR_PAIRS = {
     "--": 288, "+-": 226, "-+": 174, "-*": 62, "/+": 48, "/-": 40, "*-": 39, "++": 35,
     "-/": 23, "*/": 19, "+/": 17, "*+": 16, "/*": 8, "//": 4, "+*": 1,
 }  # fmt: skip
-_PROMPT = re.compile(r"([1-9][0-9]?),([1-9][0-9]?),([1-9][0-9]?)>([1-9][0-9]?)")
-_VALUE = r"(0|[1-9][0-9]{0,3})"  # 99 * 98 is the largest
-_EQUATION = re.compile(rf"{_VALUE}([-+*/]){_VALUE}={_VALUE}")
+_NUMBER = r"[1-9][0-9]?"
 
 
 def apply(a: int, operator: str, b: int) -> int | None:
@@ -67,11 +65,52 @@ def _in_test_file() -> frozenset[str]:
     return frozenset(text.split())
 
 
-class Countdown3(Task):
-    """Reach the target with + - * / from three numbers of 1..99, each used once; the steps are whole and positive."""
+class Countdown(Puzzle):
+    """Reach the target with + - * / from so many numbers of 1..99, each used once; steps are whole, none negative."""
+
+    def __init__(self, numbers: int):
+        self.name, self.numbers = f"countdown{numbers}", numbers
+        self._prompt = re.compile(rf"{_NUMBER}(,{_NUMBER}){{{numbers - 1}}}>{_NUMBER}")
+        # The largest value on the way to the target is a product of all numbers but one, two digits each.
+        value = rf"(0|[1-9][0-9]{{0,{2 * numbers - 3}}})"
+        self._equation = re.compile(rf"{value}([-+*/]){value}={value}")
+
+    def score(self, problem: Problem, response: str) -> bool:
+        """True equations, one fewer than numbers; each consumes two available numbers and adds its result; the target
+        is what remains."""
+        available, target = self._parse(problem.prompt)
+        equations = response.split(",")
+        if len(equations) != self.numbers - 1:
+            return False
+        for equation in equations:
+            parts = self._equation.fullmatch(equation)
+            if parts is None:
+                return False
+            a, b, result = int(parts[1]), int(parts[3]), int(parts[4])
+            for used in (a, b):
+                if used not in available:
+                    return False
+                available.remove(used)
+            if apply(a, parts[2], b) != result:
+                return False
+            available.append(result)
+        return available == [target]
+
+    def _parse(self, prompt: str) -> tuple[list[int], int]:
+        if self._prompt.fullmatch(prompt) is None:
+            raise self.malformed(prompt, f"{self.numbers} numbers and a target of 1..99, written as 15,44,79>50")
+        numbers, _, target = prompt.partition(">")
+        return [int(number) for number in numbers.split(",")], int(target)
+
+
+class Countdown3(Countdown, Task):
+    """Countdown with three numbers: its problems are made here, and none has the numbers of Dream's test file."""
 
     name = "countdown3"
     characters = "0123456789+-*/=,>"
+
+    def __init__(self):
+        super().__init__(3)
 
     def sample(self, rng: random.Random, split: str) -> Problem:
         first, second = rng.choices(tuple(_OPERATOR_PAIRS), tuple(_OPERATOR_PAIRS.values()))[0]
@@ -107,30 +146,3 @@ class Countdown3(Task):
 
     def is_heldout(self, key: str) -> bool:
         return key in _in_test_file() or super().is_heldout(key)
-
-    def score(self, problem: Problem, response: str) -> bool:
-        """Two true equations; each consumes two available numbers and adds its result; the target is what remains."""
-        available, target = self._parse(problem.prompt)
-        equations = response.split(",")
-        if len(equations) != 2:
-            return False
-        for equation in equations:
-            parts = _EQUATION.fullmatch(equation)
-            if parts is None:
-                return False
-            a, b, result = int(parts[1]), int(parts[3]), int(parts[4])
-            for used in (a, b):
-                if used not in available:
-                    return False
-                available.remove(used)
-            if apply(a, parts[2], b) != result:
-                return False
-            available.append(result)
-        return available == [target]
-
-    def _parse(self, prompt: str) -> tuple[list[int], int]:
-        parts = _PROMPT.fullmatch(prompt)
-        if parts is None:
-            raise self.malformed(prompt, "three numbers of 1..99 and a target of 1..99, as 15,44,79>50")
-        a, b, c, target = map(int, parts.groups())
-        return [a, b, c], target

@@ -1,25 +1,27 @@
-"""Reads Dream's public 4x4 Sudoku and Countdown-3 files as problems of `sudoku4` and `countdown3`.
+"""Reads Dream's public 4x4 Sudoku and Countdown files as problems of `sudoku4` and `countdown3`, `countdown4` ...
 
 One JSON object a line: `input` and `output`, both text. Sudoku: four lines of four digits, 0 for an empty cell.
-Countdown: `15,44,79,50` (the last number is the target) and `44-15=29,79-29=50`.
+Countdown: `15,44,79,50` (3 to 9 numbers, then the target) and `44-15=29,79-29=50`.
 """
 
 import json
 import re
+from functools import cache
 from pathlib import Path
 
 from cdlm_jax import tasks
 from cdlm_jax.config import InputError
-from cdlm_jax.tasks.base import Problem, Task
+from cdlm_jax.tasks.base import Problem, Puzzle
+from cdlm_jax.tasks.countdown import Countdown
 
 _SUDOKU = re.compile(r"[0-9]{4}(\n[0-9]{4}){3}")
-_COUNTDOWN = re.compile(r"([0-9]+,[0-9]+,[0-9]+),([0-9]+)")
+_COUNTDOWN = re.compile(r"([0-9]+(?:,[0-9]+){2,8}),([0-9]+)")
 
 
-def load(path: str | Path) -> tuple[Task, list[Problem]]:
-    """The task of a file and its problems, in file order, with the file's own answers.
+def load(path: str | Path) -> tuple[Puzzle, list[Problem]]:
+    """Whose problems a file holds, and them, in file order, with the file's own answers.
 
-    Raises InputError (file name and line number) on a row that is malformed, that is of another task than the first
+    Raises InputError (file name and line number) on a row that is malformed, that is of another puzzle than the first
     row, or whose answer is wrong.
     """
     path = Path(path)
@@ -27,25 +29,24 @@ def load(path: str | Path) -> tuple[Task, list[Problem]]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read {path}: {error}") from error
-    name, problems = None, []
+    puzzle, problems = None, []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
-            row_name, problem = _parse(line)
-            if name not in (None, row_name):
-                raise InputError(f"a {row_name} row in a file that began with {name} rows")
+            found, problem = _parse(line)
+            if puzzle is not None and found.name != puzzle.name:
+                raise InputError(f"a {found.name} row in a file that began with {puzzle.name} rows")
         except InputError as error:
             raise InputError(f"{path}, line {number}: {error}") from error
-        name = row_name
+        puzzle = puzzle or found
         problems.append(problem)
-    if name is None:
+    if puzzle is None:
         raise InputError(f"{path} holds no problems")
-    return tasks.get(name), problems
+    return puzzle, problems
 
 
-def _parse(line: str) -> tuple[str, Problem]:
-    """One row -> (task name, problem)."""
+def _parse(line: str) -> tuple[Puzzle, Problem]:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -54,11 +55,17 @@ def _parse(line: str) -> tuple[str, Problem]:
         raise InputError("expected an object with the texts 'input' and 'output'")
     source, answer = row["input"], row["output"]
     if _SUDOKU.fullmatch(source):
-        name, problem = "sudoku4", Problem(source.replace("\n", "") + ":", answer.replace("\n", ""))
+        puzzle, problem = tasks.get("sudoku4"), Problem(source.replace("\n", "") + ":", answer.replace("\n", ""))
     elif countdown := _COUNTDOWN.fullmatch(source):
-        name, problem = "countdown3", Problem(f"{countdown[1]}>{countdown[2]}", answer)
+        puzzle = _countdown(countdown[1].count(",") + 1)
+        problem = Problem(f"{countdown[1]}>{countdown[2]}", answer)
     else:
-        raise InputError(f"input {source!r} is neither a 4x4 Sudoku nor three numbers and a target")
-    if not tasks.get(name).score(problem, problem.answer):
+        raise InputError(f"input {source!r} is neither a 4x4 Sudoku nor 3 to 9 numbers and a target")
+    if not puzzle.score(problem, problem.answer):
         raise InputError(f"output {answer!r} does not solve input {source!r}")
-    return name, problem
+    return puzzle, problem
+
+
+@cache
+def _countdown(numbers: int) -> Countdown:
+    return tasks.get("countdown3") if numbers == 3 else Countdown(numbers)

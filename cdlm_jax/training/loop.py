@@ -9,12 +9,12 @@ from pathlib import Path
 
 import grain
 import jax
-from rich.progress import TextColumn
 
 from cdlm_jax.config import InputError
 from cdlm_jax.mesh import preemption, sharding
-from cdlm_jax.mesh.distributed import Agreement, progress_bar
+from cdlm_jax.mesh.distributed import Agreement
 from cdlm_jax.mesh.preemption import Preempted
+from cdlm_jax.mesh.progress import progress
 from cdlm_jax.training.checkpoints import Checkpoints
 from cdlm_jax.training.metrics_log import MetricsLog
 from cdlm_jax.training.profile import Profile
@@ -76,7 +76,7 @@ def train(
     """Runs until `config.steps`, continuing from the latest checkpoint under `folder` if there is one.
 
     Metrics go to `folder/metrics.jsonl` (one JSON object per logged step: means over the steps since the last one, and
-    the figures of `Throughput.read`, tokens being those of responses), to TensorBoard and to a progress bar. A
+    the figures of `Throughput.read`, tokens being those of responses), to TensorBoard, and to a bar or a log. A
     continued run ends in the same state as an uninterrupted one: the checkpoint holds the state and the data iterator's
     place, and a step's randomness depends on its number only.
 
@@ -105,8 +105,7 @@ def train(
         log = stack.enter_context(contextlib.closing(MetricsLog(folder, start, ends_line, speed)))
         traced_to = config.steps if profile else start
         trace = stack.enter_context(contextlib.closing(Profile(folder / "profile", start, traced_to)))
-        progress = stack.enter_context(progress_bar(TextColumn("{task.fields[status]}")))
-        bar = progress.add_task(label, total=config.steps, completed=start, status="")
+        bar = stack.enter_context(progress(label, config.steps, done=start))
         pending = None  # the metrics of the step before: read only after the next step is under way
         for step in range(start, config.steps):
             with speed.waiting():
@@ -131,7 +130,7 @@ def train(
                     log.write(done, {f"heldout/{name}": value for name, value in evaluate(state).items()})
                 if saves:
                     checkpoints.save(state, iterator.get_state())
-            progress.update(bar, completed=done, status=log.status)
+            bar.advance(status=log.status)
             if stops:
                 raise Preempted(done)
     return state

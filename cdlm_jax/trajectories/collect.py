@@ -1,20 +1,22 @@
 """Trajectory collection: the teacher decodes one token per step, and each finalizing hidden row is kept."""
 
+import contextlib
 import dataclasses
 import math
 import time
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
 import jax
 import ml_dtypes
 import numpy as np
-from rich.progress import TextColumn
 
 from cdlm_jax.config import InputError
 from cdlm_jax.decoding import naive
 from cdlm_jax.mesh import preemption
-from cdlm_jax.mesh.distributed import Agreement, agreed, barrier, is_main, progress_bar, row_group
+from cdlm_jax.mesh.distributed import Agreement, agreed, barrier, is_main, row_group
+from cdlm_jax.mesh.progress import progress
 from cdlm_jax.mesh.sharding import check_rows, local_rows, place
 from cdlm_jax.models.transformer import Transformer
 from cdlm_jax.tasks.mixture import Problems
@@ -108,7 +110,7 @@ def collect(
     missing = np.flatnonzero(agreed(todo)).tolist()
     decode = partial(_decode, model, encoder, problems, config.num_prompts, block_size, size)
     stops = Agreement()
-    with _Display(store, missing) as display:
+    with _shown(store, missing) as advance:
         for start in range(0, len(missing), groups):
             wave = missing[start : start + groups]
             work = [_batches(metadata.records(shard), config, size) for shard in wave]
@@ -122,7 +124,7 @@ def collect(
                     if stops(preemption.received()):
                         raise preemption.Preempted
                     found += decode(own or next(filter(None, turns)), temperature)[: len(own)]
-                    display.advance(sum(map(len, turns)))
+                    advance(sum(map(len, turns)))
             if writes and group < len(wave):
                 store.write_shard(wave[group], found)
         barrier("all shards are written")
@@ -182,28 +184,20 @@ def _decode(
     ]
 
 
-class _Display:
-    """What a terminal shows: the disk that the rest may need, then records done, tokens per second, time left."""
+@contextlib.contextmanager
+def _shown(store: Store, missing: list[int]) -> Iterator[Callable[[int], None]]:
+    """Says how much disk the rest may need, then how far it is; gives what to call with the number of records done."""
+    metadata, left = store.metadata, sum(len(store.metadata.records(shard)) for shard in missing)
+    if is_main() and missing:
+        need = sum(bytes_per_shard(metadata, shard) for shard in missing)
+        print(f"{left:,} trajectories to collect: at most {need / 2**20:,.0f} MiB of disk in {store.folder}")
+    done, begin = 0, time.perf_counter()
+    with progress("trajectories", metadata.num_records, done=metadata.num_records - left) as bar:
 
-    def __init__(self, store: Store, missing: list[int]):
-        metadata, left = store.metadata, sum(len(store.metadata.records(shard)) for shard in missing)
-        self._progress = progress_bar(TextColumn("{task.fields[speed]:,.0f} tokens/s"))
-        self._bar = self._progress.add_task(
-            "trajectories", total=metadata.num_records, completed=metadata.num_records - left, speed=0
-        )
-        self._length, self._done, self._begin = metadata.gen_length, 0, time.perf_counter()
-        if is_main() and missing:
-            need = sum(bytes_per_shard(metadata, shard) for shard in missing)
-            print(f"{left:,} trajectories to collect: at most {need / 2**20:,.0f} MiB of disk in {store.folder}")
+        def advance(records: int) -> None:
+            nonlocal done
+            done += records
+            speed = done * metadata.gen_length / (time.perf_counter() - begin)
+            bar.advance(records, f"{speed:,.0f} tokens/s")
 
-    def __enter__(self) -> "_Display":
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._progress.stop()
-
-    def advance(self, records: int) -> None:
-        self._done += records
-        speed = self._done * self._length / (time.perf_counter() - self._begin)
-        self._progress.update(self._bar, advance=records, speed=speed)
+        yield advance
