@@ -4,7 +4,6 @@ import contextlib
 import importlib
 import logging
 import os
-import signal
 import sys
 import traceback
 import warnings
@@ -25,7 +24,7 @@ USAGE = """usage: cdlm <command> [--flag=value ...]        (cdlm <command> --hel
 
 quickstart, pretrain, collect, distill, benchmark and plan take --config=file.py, or --config=name of this project's
 ({configs}), and overrides such as --config.distill.steps=200. cdlm --version prints {version}."""
-CLOSED_PIPE = 128 + signal.SIGPIPE  # as a shell reports what the signal ended
+CLOSED_PIPE = 141  # as a shell reports SIGPIPE
 
 
 def usage() -> str:
