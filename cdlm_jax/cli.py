@@ -8,7 +8,12 @@ import sys
 import traceback
 import warnings
 
-from cdlm_jax.commands import COMMANDS, CONTINUED
+from absl import flags
+
+from cdlm_jax import __version__
+from cdlm_jax.commands import COMMANDS, CONTINUED, HELP
+from cdlm_jax.commands.configs import own
+from cdlm_jax.commands.groups import help_page
 from cdlm_jax.commands.parsing import one_line, parse
 from cdlm_jax.config import InputError
 from cdlm_jax.mesh import preemption
@@ -17,12 +22,20 @@ USAGE = """usage: cdlm <command> [--flag=value ...]        (cdlm <command> --hel
 
 {commands}
 
-pretrain, collect, distill, quickstart, benchmark, plan take --config=configs/x.py, and overrides of it such as
---config.distill.steps=200."""
+quickstart, pretrain, collect, distill, benchmark and plan take --config=file.py, or --config=name of this project's
+({configs}), and overrides such as --config.distill.steps=200. cdlm --version prints {version}."""
+CLOSED_PIPE = 141  # as a shell reports SIGPIPE
 
 
 def usage() -> str:
-    return USAGE.format(commands="\n".join(f"  {name:<12} {_command(name).SUMMARY}" for name in COMMANDS))
+    commands = "\n".join(f"  {name:<12} {_command(name).SUMMARY}" for name in COMMANDS)
+    return USAGE.format(commands=commands, configs=", ".join(own()), version=__version__)
+
+
+def _help(name: str, *, full: bool) -> str:
+    command, values = _command(name), flags.FlagValues()
+    command.define(values)
+    return help_page(name, command.SUMMARY, values, full=full)
 
 
 def _command(name: str):
@@ -35,23 +48,36 @@ def entry() -> int:
     Python's own end would wait for them, while they wait for this process in an exchange that it will never join.
     """
     try:
-        status = main()
+        status = _piped()
     except BaseException:
         if not _is_one_of_several():
             raise
         traceback.print_exc()
         status = 1
     if status not in (0, preemption.EXIT_STATUS) and _is_one_of_several():
-        sys.stdout.flush()
-        sys.stderr.flush()
         os._exit(status)
     return status
 
 
-def _is_one_of_several() -> bool:
-    import jax
+def _piped() -> int:
+    """`main`, which ends quietly where nobody reads on: `cdlm ... | head`."""
+    try:
+        try:
+            return main()
+        finally:
+            print(end="", flush=True)  # now: at Python's end it could only complain
+    except BrokenPipeError:
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            try:
+                stream.flush()
+            except BrokenPipeError:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # what is left in its buffer goes there
+        return CLOSED_PIPE
 
-    return jax.distributed.is_initialized()
+
+def _is_one_of_several() -> bool:
+    """Only a process that has JAX can be one: a wrong flag need not wait for its import."""
+    return "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized()
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -61,7 +87,10 @@ def main(argv: list[str] | None = None) -> int:
     continues.
     """
     arguments = sys.argv[1:] if argv is None else argv
-    if not arguments or arguments[0] in ("help", "--help", "-h"):
+    if arguments[:1] == ["--version"]:
+        print(f"cdlm_jax {__version__}")
+        return 0
+    if not arguments or arguments[0] in ("help", *HELP):
         print(usage())
         return 0 if arguments else 2
     name, *rest = arguments
@@ -71,14 +100,17 @@ def main(argv: list[str] | None = None) -> int:
     _quiet()
     command = _command(name)
     try:
-        parsed = rest if command.define is None else parse(name, command.define, rest)
-        if parsed is None:
+        if command.define is not None and not HELP.isdisjoint(rest):
+            print(_help(name, full="--helpfull" in rest))
             return 0
+        parsed = rest if command.define is None else parse(name, command.define, rest)
         with preemption.stops_at_once() if name in CONTINUED else contextlib.nullcontext():
             command.run(parsed)
     except InputError as error:
         print(f"cdlm {name}: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        raise  # of standard output: `_piped`
     except OSError as error:
         print(f"cdlm {name}: {one_line(error)}", file=sys.stderr)
         return 2

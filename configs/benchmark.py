@@ -1,8 +1,8 @@
 """The benchmark table on the models shipped in the package: every decoder, all six tiny tasks (docs/benchmarks.md).
 
 cdlm benchmark                                                 # this file; pip install -e '.[reasoning]' first
-cdlm benchmark --config=configs/benchmark.py:quick             # 64 problems per task, two tasks
-cdlm benchmark --config=configs/benchmark.py --data=dream_sudoku_4x4_4.jsonl,dream_cd3_test.jsonl
+cdlm benchmark --config=benchmark:quick             # 64 problems per task, two tasks
+cdlm benchmark --config=benchmark --data=dream_sudoku_4x4_4.jsonl,dream_cd3_test.jsonl
 """
 
 from ml_collections import ConfigDict

@@ -3,9 +3,9 @@
 Prompts: 15,000 of at most 512 tokens with answers, as JSON lines {"prompt", "answer"}. It was planned, not run: no such
 machine was at hand. The teacher's folder is that of GSAI-ML/LLaDA-8B-Instruct. In this order:
 
-    cdlm plan     --config=configs/llada_8b.py --topology=v5e:4x4 --stage=distill    # collect, generate
-    cdlm collect  --config=configs/llada_8b.py
-    cdlm distill  --config=configs/llada_8b.py
+    cdlm plan     --config=llada_8b --topology=v5e:4x4 --stage=distill    # collect, generate
+    cdlm collect  --config=llada_8b
+    cdlm distill  --config=llada_8b
     cdlm evaluate --model=runs/llada_8b/student --task=gsm8k --data=gsm8k_test.jsonl
 
 Two trajectories per prompt (temperatures 0 and 0.5), 16 epochs of 30,000 in updates of 64 rows. The paper leaves open
@@ -29,22 +29,13 @@ it does not fit: four v5e chips (v5e:2x2) do not hold an update in one part (17.
 
 from ml_collections import ConfigDict
 
+from cdlm_jax.recipes.published import published_recipe
+
 
 def get_config() -> ConfigDict:
-    config = ConfigDict()
+    config = published_recipe(prompts=15000)  # 7,500 updates
     config.work = "runs/llada_8b"
-    config.seed = 0
     config.teacher = "models/LLaDA-8B-Instruct"
-    config.dtype = "bfloat16"
-    config.tasks = {}
-    config.prompts = "data/prompts.jsonl"
-    config.stores = ()
-    config.store_weights = ()
-    config.prompt_length = 512
-    config.gen_length = 256
-    config.block_size = 32
-    config.heldout_per_task = 0
-    config.mesh = {"data": 1, "fsdp": -1, "tensor": 1}
     config.architecture = {
         "family": "llada",
         "vocab_size": 126464,
@@ -61,33 +52,5 @@ def get_config() -> ConfigDict:
         "eos_token_id": 126081,
         "pad_token_id": 126081,
         "max_length": 4096,
-    }
-    config.collect = {"num_prompts": 15000, "temperatures": (0.0, 0.5), "batch_size": 64, "shard_size": 256}
-    config.distill = {
-        "steps": 7500,  # 16 epochs of 30,000 trajectories
-        "batch_size": 64,
-        "accumulate": 1,
-        "checkpoint_every": 250,
-        "keep_checkpoints": 2,
-        "keep_every": 0,
-        "evaluate_every": 0,
-        "log_every": 10,
-        "mode": "plain",
-        "teacher": "offline",
-        "consistency_scope": "later_blocks",
-        "weights": {"distill": 1.0, "consistency": 0.5, "dlm": 0.1},
-        "lora_rank": 32,
-        "lora_alpha": 32.0,
-        "remat": True,
-        "ema_decay": 0.0,
-        "optimizer": {
-            "name": "adamw",
-            "learning_rate": 2e-5,
-            "warmup_fraction": 0.05,
-            "weight_decay": 0.01,
-            "b1": 0.9,
-            "b2": 0.95,
-            "clip": 1.0,
-        },
     }
     return config

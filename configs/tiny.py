@@ -2,10 +2,10 @@
 
 The shipped teacher (cdlm_jax/pretrained/tiny_teacher) was trained by
 
-    cdlm pretrain --config=configs/tiny.py              # 7,500 steps of 64, about 0.35 s each: 45 minutes
-    cdlm pretrain --config=configs/tiny.py:finish       # 3,200 more, heavier on what was still weak: 19 minutes
-    cdlm pretrain --config=configs/tiny.py:uniform      # 4,000 more, every masked token of equal weight
-    cdlm pretrain --config=configs/tiny.py:arithmetic   # 4,000 more, where a short answer counts as much as a long one
+    cdlm pretrain --config=tiny              # 7,500 steps of 64, about 0.35 s each: 45 minutes
+    cdlm pretrain --config=tiny:finish       # 3,200 more, heavier on what was still weak: 19 minutes
+    cdlm pretrain --config=tiny:uniform      # 4,000 more, every masked token of equal weight
+    cdlm pretrain --config=tiny:arithmetic   # 4,000 more, where a short answer counts as much as a long one
 
 on 2 cores of an AMD EPYC, float32, JAX 0.10.2 (spell_backward and chain_sum: `pip install -e '.[reasoning]'`).
 chain_sum was at 41, 45 and 95 % after the last three, countdown3 at 6, 11 and 27 % (docs/method.md says why). Held-out
@@ -14,20 +14,20 @@ chain_sum 95 %, countdown3 27 %, and still rising.
 
 Students of it:
 
-    cdlm collect --config=configs/tiny.py             # 5 minutes
-    cdlm distill --config=configs/tiny.py             # 12 minutes
+    cdlm collect --config=tiny             # 5 minutes
+    cdlm distill --config=tiny             # 12 minutes
     cdlm quickstart                                   # the variant `quick`: two tasks, in about 5 minutes
 
 or, with every block of a trajectory trained at once (docs/packed.md measures it on the variant `quick`),
 
-    cdlm distill --config=configs/tiny.py --config.distill.mode=packed --config.distill.consistency_scope=same_block
+    cdlm distill --config=tiny --config.distill.mode=packed --config.distill.consistency_scope=same_block
 
 The shipped student (`shipped/student`) is that of `collect` and the first `distill`; docs/benchmarks.md measures it.
 `quick` chooses no preset, which would add some ten seconds: --config.distill.preset_problems=128 does.
 The causal model to compare with (`shipped/autoregressive`) had 4,000 steps of next-token prediction on the same mixture
 (35 min):
 
-    cdlm pretrain --config=configs/tiny.py:autoregressive
+    cdlm pretrain --config=tiny:autoregressive
 
 Its held-out accuracy, 512 problems each: chain 100 %, spell_backward 100 %, sort 94 %, chain_sum 92 %, sudoku4 88 %,
 countdown3 60 %.

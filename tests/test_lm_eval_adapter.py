@@ -22,6 +22,8 @@ from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
 from cdlm_jax import tasks  # noqa: E402
+from cdlm_jax.cli import main  # noqa: E402
+from cdlm_jax.commands.lm_eval import refusals  # noqa: E402
 from cdlm_jax.config import InputError  # noqa: E402
 from cdlm_jax.decoding import naive  # noqa: E402
 from cdlm_jax.evaluation.answers import answer_all  # noqa: E402
@@ -144,6 +146,26 @@ def test_its_command_line_runs(task_folder, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["lm-eval", *model, *run])
     cli_evaluate()
     assert "|chain_worked|" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--limit many", "argument --limit/-L: invalid float value: 'many'"),
+        ("--tasks chain --predict_only", "Specify --output_path if providing --log_samples or --predict_only"),
+        ("--config absent.yaml", "Config file not found"),
+    ],
+)
+def test_what_the_harness_refuses_is_one_line(line, message, monkeypatch, capsys):
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "")  # which the command line sets
+    assert main(["lm-eval", "run", *line.split()]) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith("cdlm lm-eval: ") and message in said
+
+
+def test_a_fault_below_the_harness_keeps_its_traceback():
+    with pytest.raises(ValueError, match="invalid literal"), refusals():
+        int("many")
 
 
 # ---- generation ----------------------------------------------------------------------------------------------------
@@ -290,6 +312,8 @@ def test_bos(saved):
         ({"cfg_scale": -1}, "cfg_scale must be a number of 0 or more, got -1"),
         ({"add_bos_token": "yes"}, "add_bos_token must be true or false, got 'yes'"),
         ({"pretrained": "/absent"}, "no model folder at /absent"),
+        ({"pretrained": None}, "give --model_args pretrained=<model folder>, got None"),
+        ({"pretrained": 3}, "pretrained=<model folder>, got 3"),
     ],
 )
 def test_refuses_arguments(arguments, message):

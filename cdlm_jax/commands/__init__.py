@@ -16,4 +16,5 @@ COMMANDS = {
     "export": "export",
     "plan": "plan",
 }
+HELP = {"--help", "-h", "--helpfull"}
 CONTINUED = ("quickstart", "pretrain", "collect", "distill")  # by the same command, where they were interrupted

@@ -2,17 +2,20 @@
 
 from absl import flags
 
-from cdlm_jax.commands.common import console, define_code_execution, define_config, warn_of_gaps
+from cdlm_jax.commands.common import console, define_code_execution, warn_of_gaps
+from cdlm_jax.commands.configs import define_config
+from cdlm_jax.commands.groups import Group
 from cdlm_jax.config import build
 
 SUMMARY = "compare every decoder on the same weights, problems and machine"
 
 
 def define(values: flags.FlagValues) -> None:
-    define_config(values, "benchmark.py")
-    flags.DEFINE_list("methods", None, "In place of config.methods, comma-separated.", flag_values=values)
-    flags.DEFINE_list("task", None, "In place of config.tasks, comma-separated.", flag_values=values)
-    flags.DEFINE_list("data", None, "In place of config.data: files of real problems.", flag_values=values)
+    define_config(values, "benchmark")
+    Group(values, "recipe").items("methods", "In place of config.methods.")
+    problems = Group(values, "problems")
+    problems.items("task", "In place of config.tasks.")
+    problems.items("data", "In place of config.data: files of real problems.")
     define_code_execution(values)
 
 

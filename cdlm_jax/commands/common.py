@@ -3,26 +3,13 @@
 import contextlib
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 from absl import flags
-from ml_collections import config_flags
 
+from cdlm_jax.commands.groups import Group
 from cdlm_jax.config import build
 
-# ---- config files --------------------------------------------------------------------------------------------------
-
-
-def define_config(values: flags.FlagValues, name: str, variant: str = "full") -> None:
-    path = f"{_config_path(name)}:{variant}".rstrip(":")
-    config_flags.DEFINE_config_file("config", path, "Recipe to run.", flag_values=values)
-
-
-def _config_path(name: str) -> str:
-    """A recipe of this project: beside the package in a clone, inside it when installed from a wheel."""
-    package = Path(__file__).parent.parent
-    inside, beside = package / "configs" / name, package.parent / "configs" / name
-    return str(inside if inside.exists() else beside)
+# ---- a recipe ------------------------------------------------------------------------------------------------------
 
 
 def recipe(values: flags.FlagValues):
@@ -36,11 +23,11 @@ def recipe(values: flags.FlagValues):
 
 
 def define_processes(values: flags.FlagValues) -> None:
-    cluster = "Join the processes of Cloud TPU, Slurm, Open MPI or Kubernetes."
-    flags.DEFINE_bool("distributed", False, cluster, flag_values=values)
-    flags.DEFINE_string("coordinator", None, "Or these three: host:port of process 0,", flag_values=values)
-    flags.DEFINE_integer("num_processes", None, "their number,", lower_bound=1, flag_values=values)
-    flags.DEFINE_integer("process_id", None, "and which one this is.", lower_bound=0, flag_values=values)
+    machine = Group(values, "machine")
+    machine.switch("distributed", False, "Join the processes of Cloud TPU, Slurm, Open MPI or Kubernetes.")
+    machine.text("coordinator", None, "Or these three: host:port of process 0,")
+    machine.number("num_processes", None, "their number,")
+    machine.number("process_id", None, "and which one this is.", least=0)
 
 
 def join(values: flags.FlagValues) -> None:
@@ -56,31 +43,42 @@ def join(values: flags.FlagValues) -> None:
 
 
 def define_model(values: flags.FlagValues) -> None:
+    folder = Group(values, "model")
+    folder.text("model", "shipped", "A folder, or shipped, shipped/student, shipped/autoregressive.")
+    folder.text("dtype", None, "float32 or bfloat16 [as stored].")
+    decoding = Group(values, "decoding")
+    decoding.text("decoder", None, "cdlm, naive, dream, fast_dllm, dllm_cache, autoregressive [the folder's].")
+    decoding.number("gen_length", None, "Response tokens [as the folder says].")
+    decoding.number("block_size", None, "Tokens per block [as the folder says].")
+    decoding.real("threshold", None, "Finalize every token surer than this [cdlm: 0.9, others: one a step].")
+    decoding.real("temperature", 0.0, "0 is greedy.")
+    decoding.number("seed", 0, "Of sampling.", least=0, most=2**32 - 1)
+    _define_decoders(values)
+    machine = Group(values, "machine")
+    machine.number("batch_size", 16, "Prompts decoded together.")
+    machine.text("mesh", None, "data x fsdp x tensor of the devices, such as 1x4x2 [1x-1x1: fsdp].")
     define_processes(values)
-    text, number, real = flags.DEFINE_string, flags.DEFINE_integer, flags.DEFINE_float
-    shipped = "in the package: shipped (the teacher), shipped/student, shipped/autoregressive"
-    text("model", "shipped", f"Model folder; {shipped}.", flag_values=values)
-    text("decoder", None, "cdlm, naive, dream, fast_dllm, dllm_cache or autoregressive.", flag_values=values)
-    number("gen_length", None, "Response tokens.", lower_bound=1, flag_values=values)
-    number("block_size", None, "Tokens per block.", lower_bound=1, flag_values=values)
-    real("threshold", None, "Finalize every token surer than this.", flag_values=values)
-    number("steps", None, "Forwards in all (naive, dream, fast_dllm, dllm_cache).", lower_bound=1, flag_values=values)
-    real("factor", None, "Fast-dLLM's factor rule.", flag_values=values)
-    text("cache", None, "Of fast_dllm: none, prefix or dual.", flag_values=values)
-    text("remasking", None, "Of naive: low_confidence or random.", flag_values=values)
-    real("cfg_scale", None, "Of naive: classifier-free guidance.", flag_values=values)
-    text("algorithm", None, "Of dream: origin, maskgit_plus, topk_margin or entropy.", flag_values=values)
-    real("alg_temp", None, "Of dream: above 0, positions are drawn.", flag_values=values)
-    number("prompt_interval", None, "Of dllm_cache: K_p.", lower_bound=1, flag_values=values)
-    number("response_interval", None, "Of dllm_cache: K_r.", lower_bound=1, flag_values=values)
-    real("update_ratio", None, "Of dllm_cache: rho.", flag_values=values)
-    real("temperature", 0.0, "0 is greedy.", flag_values=values)
-    real("top_p", None, "Of dream and autoregressive: nucleus sampling.", flag_values=values)
-    number("top_k", None, "Of dream and autoregressive: the k most probable.", lower_bound=1, flag_values=values)
-    number("seed", 0, "Of sampling.", lower_bound=0, upper_bound=2**32 - 1, flag_values=values)
-    number("batch_size", 16, "Prompts decoded together.", lower_bound=1, flag_values=values)
-    text("mesh", None, "data x fsdp x tensor of the devices, such as 1x4x2 [1x-1x1: fsdp].", flag_values=values)
-    text("dtype", None, "float32 or bfloat16 [as stored].", flag_values=values)
+
+
+def _define_decoders(values: flags.FlagValues) -> None:
+    """Options that not every decoder has: None takes the default of its `Config`."""
+    several = Group(values, "of several decoders")
+    several.number("steps", None, "Forwards in all: naive, dream, fast_dllm, dllm_cache [one per token].")
+    several.real("top_p", None, "Nucleus sampling: dream, autoregressive.")
+    several.number("top_k", None, "Only the k most probable tokens: dream, autoregressive.")
+    naive = Group(values, "of naive")
+    naive.text("remasking", None, "low_confidence or random [low_confidence].")
+    naive.real("cfg_scale", None, "Classifier-free guidance [0].")
+    dream = Group(values, "of dream")
+    dream.text("algorithm", None, "origin, maskgit_plus, topk_margin or entropy [entropy].")
+    dream.real("alg_temp", None, "Above 0, positions are drawn [0].")
+    fast_dllm = Group(values, "of fast_dllm")
+    fast_dllm.real("factor", None, "The factor rule, in place of --threshold.")
+    fast_dllm.text("cache", None, "none, prefix or dual [none].")
+    dllm_cache = Group(values, "of dllm_cache")
+    dllm_cache.number("prompt_interval", None, "Forwards between refreshes of the prompt, K_p [50].")
+    dllm_cache.number("response_interval", None, "Of the response, K_r [7].")
+    dllm_cache.real("update_ratio", None, "Share of the response refreshed in between, rho [0.25].")
 
 
 @contextlib.contextmanager
@@ -106,8 +104,8 @@ def model(values: flags.FlagValues) -> Iterator[tuple]:
 
 
 def define_code_execution(values: flags.FlagValues) -> None:
-    text = "Run the programs that the model writes for humaneval and mbpp, in a sandbox."
-    flags.DEFINE_bool("allow_code_execution", False, text, flag_values=values)
+    problems = Group(values, "problems")
+    problems.switch("allow_code_execution", False, "Run what the model writes for humaneval and mbpp, in a sandbox.")
 
 
 def warn_of_gaps() -> None:
@@ -125,4 +123,8 @@ def console():
 
     from cdlm_jax.mesh.distributed import is_main
 
-    return Console(quiet=not is_main())
+    class Terminal(Console):
+        def on_broken_pipe(self) -> None:
+            raise  # cli.py ends such a program; rich would exit with a status of its own
+
+    return Terminal(quiet=not is_main())

@@ -3,6 +3,7 @@
 from absl import flags
 
 from cdlm_jax.commands.common import console, define_code_execution, define_model, model, warn_of_gaps
+from cdlm_jax.commands.groups import Group
 from cdlm_jax.config import InputError
 
 SUMMARY = "score a model folder on problems with verifiable answers"
@@ -10,12 +11,11 @@ SUMMARY = "score a model folder on problems with verifiable answers"
 
 def define(values: flags.FlagValues) -> None:
     define_model(values)
-    flags.DEFINE_list("task", None, "Tasks and public benchmarks (gsm8k ...), comma-separated.", flag_values=values)
-    number = flags.DEFINE_integer
-    number("num", None, "Problems of each [512 of a task, all of a benchmark].", lower_bound=1, flag_values=values)
-    data = "Files: 4x4 Sudoku, Countdown, or name=path of a benchmark; comma-separated."
-    flags.DEFINE_list("data", None, data, flag_values=values)
-    flags.DEFINE_bool("chat", True, "Use the folder's chat template for benchmarks, if it has one.", flag_values=values)
+    problems = Group(values, "problems")
+    problems.items("task", "Tasks and public benchmarks (gsm8k ...).")
+    problems.number("num", None, "Problems of each [512 of a task, all of a benchmark].")
+    problems.items("data", "Files: 4x4 Sudoku, Countdown, or name=path of a benchmark.")
+    problems.switch("chat", True, "Use the folder's chat template for benchmarks, if it has one.")
     define_code_execution(values)
 
 

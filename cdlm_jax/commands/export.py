@@ -2,15 +2,17 @@
 
 from absl import flags
 
+from cdlm_jax.commands.groups import Group
 from cdlm_jax.config import InputError
 
 SUMMARY = "write a model folder with another dtype"
 
 
 def define(values: flags.FlagValues) -> None:
-    flags.DEFINE_string("model", None, "Model folder.", flag_values=values)
-    flags.DEFINE_string("output", None, "New folder.", flag_values=values)
-    flags.DEFINE_string("dtype", None, "float32 or bfloat16 [as stored].", flag_values=values)
+    Group(values, "model").text("model", None, "Model folder.")
+    output = Group(values, "output")
+    output.text("output", None, "New folder.")
+    output.text("dtype", None, "float32 or bfloat16 [as stored].")
 
 
 def run(values: flags.FlagValues) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from absl import flags
 
 from cdlm_jax.commands.common import console, define_model, model
+from cdlm_jax.commands.groups import Group
 from cdlm_jax.config import InputError
 
 SUMMARY = "answer prompts with a model folder"
@@ -13,14 +14,16 @@ SUMMARY = "answer prompts with a model folder"
 
 def define(values: flags.FlagValues) -> None:
     define_model(values)
-    flags.DEFINE_string("prompt", None, "Text to answer.", flag_values=values)
-    flags.DEFINE_list("prompt_ids", None, "Token ids to answer, comma-separated.", flag_values=values)
-    flags.DEFINE_string("task", None, "Answer held-out problems of this task.", flag_values=values)
-    flags.DEFINE_integer("num", 4, "How many problems of --task.", lower_bound=1, flag_values=values)
-    flags.DEFINE_string("input", None, 'JSON lines: {"prompt": text} or {"prompt_ids": [...]}.', flag_values=values)
-    flags.DEFINE_string("output", None, "Write answers here as JSON lines.", flag_values=values)
-    flags.DEFINE_bool("chat", True, "Use the folder's chat template for text, if it has one.", flag_values=values)
-    flags.DEFINE_bool("show_steps", False, "Play the refinement of each answer.", flag_values=values)
+    prompts = Group(values, "prompts")
+    prompts.text("prompt", None, "Text to answer.")
+    prompts.items("prompt_ids", "Or: token ids to answer.")
+    prompts.text("task", None, "Or: held-out problems of this task.")
+    prompts.number("num", 4, "How many of them.")
+    prompts.text("input", None, 'Or: a file of JSON lines, {"prompt": text} or {"prompt_ids": [...]}.')
+    prompts.switch("chat", True, "Use the folder's chat template for text, if it has one.")
+    output = Group(values, "output")
+    output.text("output", None, "Write answers here as JSON lines.")
+    output.switch("show_steps", False, "Play the refinement of each answer.")
 
 
 def run(values: flags.FlagValues) -> None:

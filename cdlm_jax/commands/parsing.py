@@ -2,27 +2,20 @@
 
 import contextlib
 import sys
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator
 
 from absl import flags
 from ml_collections import ConfigDict
 
+from cdlm_jax.commands.configs import find
 from cdlm_jax.config import InputError
 
 
-def parse(command: str, define: Callable[[flags.FlagValues], None], arguments: list[str]) -> flags.FlagValues | None:
-    """The command's flags; None if help was asked for. Anything unusable becomes one InputError."""
+def parse(command: str, define: Callable[[flags.FlagValues], None], arguments: list[str]) -> flags.FlagValues:
+    """The command's flags. Anything unusable becomes one InputError."""
     values = flags.FlagValues()
-    if any(argument in ("--help", "-h", "--helpfull") for argument in arguments):
-        define(values)
-        print(f"cdlm {command}\n{values.get_help()}")
-        return None
-    arguments = [command, *map(_underscored, arguments)]
-    for argument in arguments:
-        path = argument.removeprefix("--config=").partition(":")[0]
-        if argument.startswith("--config=") and not Path(path).is_file():
-            raise InputError(f"no config file at {path}")
+    given = list(_joined(map(_underscored, arguments)))
+    arguments = [command, *map(_with_path, given)]
     overrides = [argument for argument in arguments if argument.startswith("--config.")]
     try:
         if overrides and all("=" in override for override in overrides):
@@ -35,7 +28,7 @@ def parse(command: str, define: Callable[[flags.FlagValues], None], arguments: l
         raise
     except Exception as error:  # a config file is a program, and can raise anything
         kind = "" if isinstance(error, flags.Error) else f"{type(error).__name__}: "
-        file = next((f"{a.removeprefix('--config=')}: " for a in arguments if a.startswith("--config=")), "")
+        file = next((f"{a.removeprefix('--config=')}: " for a in given if a.startswith("--config=")), "")
         raise InputError(f"{file}{kind}{one_line(error)}") from error
     if rest:
         raise InputError(f"unexpected argument {rest[0]!r}; flags are given as --name=value")
@@ -59,6 +52,18 @@ def _underscored(argument: str) -> str:
         return argument
     name, equals, value = argument.partition("=")
     return name.replace("-", "_").replace("__", "--", 1) + equals + value
+
+
+def _joined(arguments: Iterable[str]) -> Iterator[str]:
+    """`--config file` is --config=file."""
+    rest = iter(arguments)
+    for argument in rest:
+        yield f"--config={next(rest, '')}" if argument == "--config" else argument
+
+
+def _with_path(argument: str) -> str:
+    """A config by its name is the file that it names."""
+    return f"--config={find(argument.removeprefix('--config='))}" if argument.startswith("--config=") else argument
 
 
 @contextlib.contextmanager

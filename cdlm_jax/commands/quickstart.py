@@ -2,14 +2,16 @@
 
 from absl import flags
 
-from cdlm_jax.commands.common import console, define_config, recipe
+from cdlm_jax.commands.common import console, recipe
+from cdlm_jax.commands.configs import define_config
+from cdlm_jax.commands.groups import Group
 
 SUMMARY = "shipped teacher -> trajectories -> student -> held-out report, on this machine"
 
 
 def define(values: flags.FlagValues) -> None:
-    define_config(values, "tiny.py", "quick")
-    flags.DEFINE_bool("from_scratch", False, "Train the teacher too.", flag_values=values)
+    define_config(values, "tiny:quick")
+    Group(values, "recipe").switch("from_scratch", False, "Train the teacher too.")
 
 
 def run(values: flags.FlagValues) -> None:

@@ -4,18 +4,20 @@ import contextlib
 
 from absl import flags
 
-from cdlm_jax.commands.common import define_config, define_processes, join, recipe
+from cdlm_jax.commands.common import define_processes, join, recipe
+from cdlm_jax.commands.configs import define_config
+from cdlm_jax.commands.groups import Group
 from cdlm_jax.mesh import preemption
 
 
 def define_stage(values: flags.FlagValues) -> None:
-    define_config(values, "tiny.py")
+    define_config(values, "tiny")
     define_processes(values)
 
 
 def define_training(values: flags.FlagValues) -> None:
     define_stage(values)
-    flags.DEFINE_bool("profile", False, "Write an XProf trace of 3 steps under the work folder.", flag_values=values)
+    Group(values, "output").switch("profile", False, "Write an XProf trace of 3 steps under the work folder.")
 
 
 def run_stage(name: str, values: flags.FlagValues) -> None:

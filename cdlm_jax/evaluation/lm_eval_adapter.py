@@ -53,7 +53,7 @@ class CDLM(TemplateLM):
 
     def __init__(
         self,
-        pretrained: str,
+        pretrained: str | None = None,
         *,
         batch_size: int | str = 1,
         max_batch_size: int | None = None,
@@ -64,6 +64,8 @@ class CDLM(TemplateLM):
         **options: Any,
     ):
         super().__init__()
+        if not isinstance(pretrained, str):
+            raise InputError(f"give --model_args pretrained=<model folder>, got {pretrained!r}")
         self.batch_size = _positive("batch_size", batch_size)
         self.mc_num = _positive("mc_num", mc_num)
         if not _fits(cfg_scale, float) or not cfg_scale >= 0:
