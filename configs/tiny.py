@@ -23,7 +23,7 @@ or, with every block of a trajectory trained at once (docs/packed.md measures it
     cdlm distill --config=tiny --config.distill.mode=packed --config.distill.consistency_scope=same_block
 
 The shipped student (`shipped/student`) is that of `collect` and the first `distill`; docs/benchmarks.md measures it.
-`quick` chooses no preset, which would add some ten seconds: --config.distill.preset_problems=128 does.
+`quick` chooses no preset, to be done sooner: --config.distill.preset_problems=128 does.
 The causal model to compare with (`shipped/autoregressive`) had 4,000 steps of next-token prediction on the same mixture
 (35 min):
 

@@ -24,8 +24,8 @@ def run(values: flags.FlagValues) -> None:
 
     settings = values.config.to_dict()
     for name, flag in (("methods", "methods"), ("tasks", "task"), ("data", "data")):
-        if values[flag].value is not None:
-            settings[name] = tuple(values[flag].value)
+        if (given := values[flag].value) is not None:
+            settings[name] = tuple(given)
     settings["allow_code_execution"] |= values.allow_code_execution
     config = build(BenchmarkConfig, settings, "config")
     if config.allow_code_execution:

@@ -3,6 +3,7 @@
 import contextlib
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 from absl import flags
 
@@ -50,7 +51,7 @@ def define_model(values: flags.FlagValues) -> None:
     decoding.text("decoder", None, "cdlm, naive, dream, fast_dllm, dllm_cache, autoregressive [the folder's].")
     decoding.number("gen_length", None, "Response tokens [as the folder says].")
     decoding.number("block_size", None, "Tokens per block [as the folder says].")
-    decoding.real("threshold", None, "Finalize every token surer than this [cdlm: 0.9, others: one a step].")
+    decoding.real("threshold", None, "Finalize every token surer than this [the folder's, cdlm 0.9, else one a step].")
     decoding.real("temperature", 0.0, "0 is greedy.")
     decoding.number("seed", 0, "Of sampling.", least=0, most=2**32 - 1)
     _define_decoders(values)
@@ -96,7 +97,8 @@ def model(values: flags.FlagValues) -> Iterator[tuple]:
     join(values)
     with jax.set_mesh(make_mesh(mesh)):
         folder = ModelFolder.load(values.model, dtype=values.dtype)
-        options = Options(**{field.name: values[field.name].value for field in fields(Options)})
+        chosen: dict[str, Any] = {field.name: values[field.name].value for field in fields(Options)}
+        options = Options(**chosen)
         yield folder, options.resolve(folder.metadata, causal=folder.model.config.causal)
 
 

@@ -8,6 +8,7 @@ machine, and flags without a group.
 """
 
 import textwrap
+from typing import Any
 
 from absl import flags
 
@@ -22,7 +23,7 @@ class Group:
     the help, in brackets, what it stands for."""
 
     def __init__(self, values: flags.FlagValues, name: str):
-        self.common = {"flag_values": values, "module_name": name}
+        self.common: dict[str, Any] = {"flag_values": values, "module_name": name}
 
     def text(self, name: str, default: str | None, help: str) -> None:
         flags.DEFINE_string(name, default, help, **self.common)
@@ -67,6 +68,7 @@ def _grouped(values: flags.FlagValues) -> dict[str, list[flags.Flag]]:
 def _lines(flag: flags.Flag) -> list[str]:
     """The flag and its value, then beside it what it is for, with its default."""
     name = f"--[no]{flag.name}" if flag.boolean else f"--{flag.name}={KINDS.get(flag.flag_type(), 'NAME')}"
-    plain = isinstance(flag.default, bool | int | float | str)
-    text = f"{flag.help.removesuffix('.')} [{flag.default_as_str[1:-1]}]." if plain else flag.help
+    text, default = flag.help or "", flag.default_as_str or ""
+    if isinstance(flag.default, bool | int | float | str):
+        text = f"{text.removesuffix('.')} [{default[1:-1]}]."
     return textwrap.wrap(f"  {name:<{INDENT - 3}} {text}", WIDTH, subsequent_indent=" " * INDENT)

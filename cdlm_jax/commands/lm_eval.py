@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 from collections.abc import Iterator
+from unittest import mock
 
 from cdlm_jax.commands.parsing import one_line, program_arguments
 from cdlm_jax.config import InputError
@@ -31,22 +32,21 @@ def refusals() -> Iterator[None]:
     def refuse(parser: argparse.ArgumentParser, message: str):
         raise InputError(message)
 
-    usual, argparse.ArgumentParser.error = argparse.ArgumentParser.error, refuse
     try:
-        yield
+        with mock.patch.object(argparse.ArgumentParser, "error", refuse):
+            yield
     except InputError:
         raise
     except ValueError as error:
         if not _raised_in(error).startswith("lm_eval."):
             raise
         raise InputError(one_line(error)) from error
-    finally:
-        argparse.ArgumentParser.error = usual
 
 
 def _raised_in(error: BaseException) -> str:
     """The module whose code raised it."""
     place = error.__traceback__
-    while place.tb_next:
-        place = place.tb_next
-    return place.tb_frame.f_globals.get("__name__", "")
+    name = ""
+    while place is not None:
+        name, place = place.tb_frame.f_globals.get("__name__", ""), place.tb_next
+    return name

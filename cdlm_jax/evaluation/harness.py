@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
 import jax
@@ -155,7 +155,7 @@ class Timing:
 
 
 def timings(
-    calls: dict[str, Sequence[Callable[[], DecodeResult]]],
+    calls: Mapping[str, Sequence[Callable[[], DecodeResult]]],
     repetitions: int = 1,
     *,
     label: str = "latency",

@@ -73,12 +73,15 @@ class CDLM(TemplateLM):
         if not isinstance(add_bos_token, bool):
             raise InputError(f"add_bos_token must be true or false, got {add_bos_token!r}")
         self.cfg_scale = cfg_scale
-        options = _options(options)
+        asked = _options(options)
         self.folder = ModelFolder.load(pretrained)
-        self.model, self.tokenizer = self.folder.model, self.folder.tokenizer
-        if self.tokenizer is None:
+        self.model, tokenizer = self.folder.model, self.folder.tokenizer
+        if tokenizer is None:
             raise InputError(f"the harness gives texts, and model folder {pretrained} has no tokenizer")
-        self.options = options.resolve(self.folder.metadata, causal=self.model.config.causal)
+        self.tokenizer = tokenizer
+        self.options = asked.resolve(self.folder.metadata, causal=self.model.config.causal)
+        assert self.options.gen_length is not None  # resolved
+        self.gen_length = self.options.gen_length
         if self.options.decoder == "naive" and cfg_scale:
             self.options = dataclasses.replace(self.options, cfg_scale=cfg_scale)
         bos = self.tokenizer.special_tokens.get("bos_token")
@@ -120,7 +123,7 @@ class CDLM(TemplateLM):
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
         ids = self.tokenizer.encode(string)
         add = self.add_bos_token and add_special_tokens is not False and ids[:1] != [self.bos_token_id]
-        return [self.bos_token_id, *ids] if add else ids
+        return [self.prefix_token_id, *ids] if add else ids
 
     def apply_chat_template(self, chat_history: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> str:
         """Without a generation prompt the last message is one that the model is to go on with: what the template
@@ -141,7 +144,7 @@ class CDLM(TemplateLM):
         if self.cfg_scale and self.options.decoder != "naive":
             guided = f"{self.options.decoder} does not guide; naive does"
             raise InputError(f"cfg_scale {self.cfg_scale}: this task generates, and {guided}")
-        kwargs = [_generation_kwargs(request.args[1], self.options.gen_length) for request in requests]
+        kwargs = [_generation_kwargs(request.args[1], self.gen_length) for request in requests]
         prompts = [self._prompt(request.args[0]) for request in requests]
         by_temperature = defaultdict(list)
         for number, one in enumerate(kwargs):
@@ -164,8 +167,8 @@ class CDLM(TemplateLM):
 
     def _prompt(self, context: str) -> Case:
         ids = self.tok_encode(context) or [self.prefix_token_id]
-        if len(ids) + self.options.gen_length > self.max_length:
-            sizes = f"{len(ids)} tokens + gen_length {self.options.gen_length}"
+        if len(ids) + self.gen_length > self.max_length:
+            sizes = f"{len(ids)} tokens + gen_length {self.gen_length}"
             raise InputError(f"context {context!r:.80} of {sizes} exceeds the model's {self.max_length} positions")
         return Case(ids, context)
 
@@ -219,8 +222,12 @@ class CDLM(TemplateLM):
         block_size = self.options.block_size if self.options.decoder == "cdlm" else None
         return {"cfg_scale": self.cfg_scale, "block_size": block_size}
 
-    def _bounds(self, arrays: tuple[jax.Array, ...], keys: jax.Array) -> list[float]:
-        return np.asarray(log_likelihood(self.model, *arrays, keys, samples=self.mc_num, **self._rule)).tolist()
+    def _bounds(self, arrays: tuple, keys: jax.Array) -> list[float]:
+        prompts, prompt_lengths, answers, answer_lengths = arrays
+        bounds = log_likelihood(
+            self.model, prompts, prompt_lengths, answers, answer_lengths, keys, samples=self.mc_num, **self._rule
+        )
+        return np.asarray(bounds).tolist()
 
     def _batches(
         self, pairs: Sequence[Pair], disable_tqdm: bool
@@ -298,7 +305,7 @@ def _options(given: dict[str, Any]) -> Options:
             allowed = ", ".join(("pretrained", *kinds, "mc_num", "add_bos_token"))
             raise InputError(f"unknown model argument {name!r}, allowed: {allowed}")
         if not _fits(value, kinds[name]):
-            kind = kinds[name] if get_args(kinds[name]) else kinds[name].__name__
+            kind = getattr(kinds[name], "__name__", kinds[name]) if not get_args(kinds[name]) else kinds[name]
             raise InputError(f"model argument {name} must be {kind}, got {value!r}")
     return Options(**given)
 

@@ -27,6 +27,7 @@ def sweep(
     folder: ModelFolder, problems: Sequence[NamedProblem], *, batch_size: int = 64
 ) -> Iterator[tuple[float, Score]]:
     """(threshold, score) of the folder's own decoder; accuracy is the mean over tasks."""
+    assert folder.tokenizer is not None, "a recipe needs texts"
     cases = problem_cases(folder.tokenizer, problems)
     for tau in THRESHOLDS:
         decode = partial(Options(threshold=tau).resolve(folder.metadata).bind(), folder.model)

@@ -66,13 +66,13 @@ def _benchmark_cases(
     benchmark = tasks.benchmark_named(name)
     if isinstance(benchmark, CodeBenchmark) and not allow_code_execution:
         raise InputError(f"{name} runs programs that the model writes; --allow_code_execution allows it, in a sandbox")
-    check = partial(code_sandbox.score, benchmark) if isinstance(benchmark, CodeBenchmark) else benchmark.score
+    score = partial(code_sandbox.score, benchmark) if isinstance(benchmark, CodeBenchmark) else benchmark.score
     template = tokenizer.apply_chat_template if chat and tokenizer.chat_template is not None else None
     return [
         Case(
             ids=tokenizer.encode(benchmark.text(problem, template)),
             text=problem.prompt,
-            check=partial(check, problem),
+            check=partial(score, problem),
             group=name,
         )
         for problem in benchmark.problems(path)[:count]

@@ -8,8 +8,9 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -25,7 +26,7 @@ Item = TypeVar("Item")
 
 def progress(
     label: str, total: int, *, done: int = 0, transient: bool = False, console: Console | None = None
-) -> "Bar | Lines":
+) -> AbstractContextManager["Bar | Lines"]:
     """What to show of `total` items, `done` of them before this run; a context.
 
     transient: gone from a terminal at the end; a log that was over before its first line stays empty.
@@ -33,7 +34,8 @@ def progress(
     """
     console = console or Console(quiet=not is_main())
     animated = console.is_jupyter or (console.is_terminal and not console.is_dumb_terminal)
-    return (Bar if animated else Lines)(label, total, done, transient, console)
+    shown: type[Bar | Lines] = Bar if animated else Lines
+    return shown(label, total, done, transient, console)
 
 
 def track(items: Iterable[Item], label: str, total: int, *, console: Console | None = None) -> Iterator[Item]:
@@ -63,7 +65,8 @@ class Bar:
 
     def advance(self, count: int = 1, status: str | None = None) -> None:
         """So many more items are done; status: what else to show from now on, None leaves it."""
-        self._rich.update(self._task, advance=count, **({} if status is None else {"status": status}))
+        fields: dict[str, Any] = {} if status is None else {"status": status}
+        self._rich.update(self._task, advance=count, **fields)
 
 
 class Lines:

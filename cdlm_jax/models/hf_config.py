@@ -197,10 +197,10 @@ def _rope(raw: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def _value(raw: dict[str, Any], key: str, kind: type, where: str) -> Any:
-    value: Any = raw.get(key)
+    value = raw.get(key)
     if value is None:
         raise InputError(f"{where}: {key} is missing")
-    number = (int, float) if kind is float else kind
+    number: Any = (int, float) if kind is float else kind
     # In Python True is an int; in a config it is a mistake.
     if not isinstance(value, number) or isinstance(value, bool) != (kind is bool):
         raise InputError(f"{where}: {key} must be of type {kind.__name__}, got {json.dumps(value)}")

@@ -5,11 +5,11 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import numpy as np
@@ -39,6 +39,7 @@ from cdlm_jax.mesh.progress import track
 from cdlm_jax.models.hf import fingerprint
 from cdlm_jax.models.model_folder import ModelFolder
 
+Role = Literal["teacher", "student", "autoregressive"]
 MethodName = Literal["naive", "truncated", "dream", "fast_dllm", "dllm_cache", "autoregressive", "untrained", "cdlm"]
 NAIVE = "naive, 1 token per step"
 
@@ -108,7 +109,7 @@ class Method:
 
     name: str
     series: str
-    role: Literal["teacher", "student", "autoregressive"]
+    role: Role
     options: Options
     headline: bool = True
 
@@ -146,7 +147,7 @@ def methods(config: BenchmarkConfig) -> list[Method]:
     return [method for name in found if name in config.methods for method in found[name]]
 
 
-def _swept(config: BenchmarkConfig, series: str, role: str, options: Options) -> list[Method]:
+def _swept(config: BenchmarkConfig, series: str, role: Role, options: Options) -> list[Method]:
     """One method per threshold."""
     return [
         Method(
@@ -170,13 +171,13 @@ class Setting:
     config: with the headline threshold that its 0 stands for."""
 
     config: BenchmarkConfig
-    folders: dict[str, ModelFolder]
-    cases: dict[str, list[Case]]
+    folders: Mapping[Role, ModelFolder]
+    cases: Mapping[Role, list[Case]]
     sizes: dict[str, int]
 
     @classmethod
     def load(cls, config: BenchmarkConfig) -> "Setting":
-        paths = {role: getattr(config, role) for role in ("teacher", "student", "autoregressive")}
+        paths = {role: getattr(config, role) for role in get_args(Role)}
         used = {method.role for method in methods(config)}
         folders = {role: ModelFolder.load(path) for role, path in paths.items() if path and role in used}
         if not folders:
@@ -197,11 +198,11 @@ class Setting:
         config = dataclasses.replace(config, headline_threshold=headline)
         return cls(config, folders, cases, sizes)
 
-    def width(self, role: str) -> int:
+    def width(self, role: Role) -> int:
         """What prompts are padded to."""
         return max(len(case.ids) for case in self.cases[role])
 
-    def requests(self, role: str, count: int, size: int) -> list[tuple[jax.Array, jax.Array, jax.Array]]:
+    def requests(self, role: Role, count: int, size: int) -> list[tuple[jax.Array, jax.Array, jax.Array]]:
         """`count` problems (at least) spread over all groups, in batches of `size`."""
         cases, pad = self.cases[role], self.folders[role].model.config.pad_token_id
         places = np.linspace(0, len(cases) - 1, -(-count // size) * size).astype(int)
@@ -223,7 +224,7 @@ class Setting:
         return list(track(found, f"{method.name:32}", len(cases), console=console))
 
 
-def _size(config: BenchmarkConfig, folders: dict[str, ModelFolder], name: str) -> int:
+def _size(config: BenchmarkConfig, folders: Mapping[Role, ModelFolder], name: str) -> int:
     """The configuration's, or else what the folders that name one agree on: answers are compared at one length."""
     found = {role: size for role, folder in folders.items() if (size := folder_size(folder.metadata, name))}
     if not getattr(config, name) and len(set(found.values())) > 1:
@@ -256,7 +257,9 @@ def benchmark(config: BenchmarkConfig, console: Console) -> list[Measured]:
         name, options = method.name, setting.options(method)
         results.append(Measured.of(name, method.series, options, found, latency[name], throughput.get(name)))
         if method.headline:
-            samples.append(Order.of(name, found[0], setting.folders[method.role].tokenizer, options.block_size))
+            tokenizer = setting.folders[method.role].tokenizer
+            assert tokenizer is not None  # the cases are texts
+            samples.append(Order.of(name, found[0], tokenizer, options.block_size))
     _write(setting, chosen[0].role, results, samples, console)
     return results
 
@@ -286,7 +289,7 @@ def _throughput(setting: Setting, chosen: Sequence[Method], console: Console) ->
 
 
 def _write(
-    setting: Setting, role: str, results: Sequence[Measured], samples: Sequence[Order], console: Console
+    setting: Setting, role: Role, results: Sequence[Measured], samples: Sequence[Order], console: Console
 ) -> None:
     config, folder = setting.config, setting.config.folder
     baseline = next((r.name for r in results if r.name == NAIVE), results[0].name)

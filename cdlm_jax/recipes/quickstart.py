@@ -4,6 +4,7 @@ import dataclasses
 import json
 import time
 from functools import partial
+from typing import Any
 
 from rich.console import Console
 
@@ -95,7 +96,7 @@ def report(
         found = answers(decode, config, encoder.tokenizer, cases, batch_size=64, width=width)
         return list(track(found, f"{name:32}", len(cases), console=console))
 
-    sizes = {"gen_length": recipe.gen_length, "block_size": recipe.block_size}
+    sizes: dict[str, Any] = {"gen_length": recipe.gen_length, "block_size": recipe.block_size}
     naive, cdlm = (partial(Options, decoder=decoder, **sizes) for decoder in ("naive", "cdlm"))
     # The truncated teacher gets the student's own budget of forwards, in whole steps per block.
     blocks = recipe.gen_length // recipe.block_size
@@ -130,6 +131,6 @@ def report(
     (folder / "results.md").write_text("\n".join(sheet.markdown() for sheet in sheets))
     plot_accuracy(results, folder / "accuracy.png", "Held-out accuracy against forward passes")
     orders = [Order.of(name, answered[name][0], encoder.tokenizer, recipe.block_size) for name in (TEACHER, STUDENT)]
-    prompt = cases[0].text
+    prompt = cases[0].text or ""
     plot_order(orders, folder / "order.png", f"When each token of the answer to {prompt} was finalized")
     return results, (prompt, orders[-1])

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import optax
@@ -22,7 +22,7 @@ from cdlm_jax.models.hf import fingerprint
 from cdlm_jax.models.lora import merge
 from cdlm_jax.models.model_folder import ModelFolder
 from cdlm_jax.models.transformer import Transformer
-from cdlm_jax.tasks.mixture import ProblemMixture, PromptFile
+from cdlm_jax.tasks.mixture import ProblemMixture, Problems, PromptFile
 from cdlm_jax.text.encoder import Encoder
 from cdlm_jax.text.tokenizers import Tokenizer
 from cdlm_jax.training import causal, denoising
@@ -178,8 +178,10 @@ def pretrain(recipe: Recipe, *, profile: bool = False) -> ModelFolder:
 
 def untrained(recipe: Recipe) -> ModelFolder:
     """A character model of the recipe's shape with random weights, on the current mesh."""
+    assert recipe.pretrain is not None and recipe.model is not None, "`pretrain` refuses a recipe without them"
     tokenizer = Tokenizer.characters(tasks.CHARACTERS)
     eos = tokenizer.token_to_id("<eos>")
+    kind: dict[str, Any]
     if recipe.pretrain.role == "autoregressive":
         kind = {"family": "llama", "logit_alignment": "shifted", "mask_token_id": None}
     else:
@@ -201,10 +203,12 @@ def collect(recipe: Recipe) -> None:
     teacher = recipe.load_teacher()
     encoder = teacher.encoder(recipe.prompt_length, recipe.gen_length)
     count = recipe.collect.num_prompts
+    problems: Problems
     if recipe.prompts:
-        problems = PromptFile(recipe.prompts, encoder.tokenizer, recipe.prompt_length, recipe.seed + 1)
-        if len(problems) < count:
-            within = f"{len(problems)} of its {problems.total} prompts have at most {recipe.prompt_length} tokens"
+        file = PromptFile(recipe.prompts, encoder.tokenizer, recipe.prompt_length, recipe.seed + 1)
+        problems = file
+        if len(file) < count:
+            within = f"{len(file)} of its {file.total} prompts have at most {recipe.prompt_length} tokens"
             raise InputError(f"config.collect.num_prompts is {count}, but {recipe.prompts} has fewer: {within}")
     else:
         problems = recipe.mixture("train", count, stream=1)

@@ -10,6 +10,7 @@ Prompts have at most 23 characters and worked answers at most 40. Each kind of p
 Public benchmarks (GSM8K, MATH, HumanEval, MBPP) make no problems of their own: `tasks.benchmark_named(name)`.
 """
 
+from collections.abc import Callable
 from functools import cache
 
 from cdlm_jax.config import InputError
@@ -20,7 +21,7 @@ from cdlm_jax.tasks.gsm8k import Gsm8k, Gsm8kCot
 from cdlm_jax.tasks.humaneval import HumanEval
 from cdlm_jax.tasks.math500 import Math500, Math500Minerva
 from cdlm_jax.tasks.mbpp import Mbpp
-from cdlm_jax.tasks.public import Benchmark
+from cdlm_jax.tasks.public import CodeBenchmark, ScoredBenchmark
 from cdlm_jax.tasks.reasoning import ChainSum, SpellBackward
 from cdlm_jax.tasks.sort import Sort
 from cdlm_jax.tasks.sudoku import Sudoku4
@@ -29,7 +30,9 @@ __all__ = ["BENCHMARKS", "CHARACTERS", "NAMES", "SPLITS", "Problem", "Task", "be
 
 _TASKS = {task.name: task for task in (Chain, Sudoku4, Countdown3, Sort, SpellBackward, ChainSum)}
 NAMES = tuple(_TASKS)
-BENCHMARKS = {kind.name: kind for kind in (Gsm8k, Gsm8kCot, Math500, Math500Minerva, HumanEval, Mbpp)}
+BENCHMARKS: dict[str, Callable[[], ScoredBenchmark | CodeBenchmark]] = {
+    kind.name: kind for kind in (Gsm8k, Gsm8kCot, Math500, Math500Minerva, HumanEval, Mbpp)
+}
 CHARACTERS = "".join(sorted(set("".join(task.characters for task in _TASKS.values()))))
 
 
@@ -42,6 +45,6 @@ def get(name: str) -> Task:
 
 
 @cache
-def benchmark_named(name: str) -> Benchmark:
+def benchmark_named(name: str) -> ScoredBenchmark | CodeBenchmark:
     """The public benchmark called `name`, in its usual setting."""
     return BENCHMARKS[name]()

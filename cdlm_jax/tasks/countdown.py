@@ -113,7 +113,8 @@ class Countdown3(Countdown, Task):
         super().__init__(3)
 
     def sample(self, rng: random.Random, split: str) -> Problem:
-        first, second = rng.choices(tuple(_OPERATOR_PAIRS), tuple(_OPERATOR_PAIRS.values()))[0]
+        (pair,) = rng.choices(tuple(_OPERATOR_PAIRS), tuple(_OPERATOR_PAIRS.values()))
+        first, second = pair[0], pair[1]
         found = None
         while found is None:
             a, b, value = rng.choice(_pairs(first))
@@ -132,10 +133,11 @@ class Countdown3(Countdown, Task):
         numbers, target = self._parse(prompt)
         for a, b, c in permutations(numbers):
             for first in "+-*/":
-                value = apply(a, first, b)
+                if not (value := apply(a, first, b)):
+                    continue
                 for left, right in ((c, value), (value, c)):
                     for second in "+-*/":
-                        if value and apply(left, second, right) == target:
+                        if apply(left, second, right) == target:
                             return Problem(prompt, f"{a}{first}{b}={value},{left}{second}{right}={target}")
         raise self.malformed(prompt, "solvable")
 

@@ -17,9 +17,14 @@ class Problems(Protocol):
     """Random access to (name, problem). names: every name that occurs; source: where they come from, in words, which
     together with `seed` determines each."""
 
-    names: tuple[str, ...]
-    source: str
-    seed: int
+    @property
+    def names(self) -> tuple[str, ...]: ...
+
+    @property
+    def source(self) -> str: ...
+
+    @property
+    def seed(self) -> int: ...
 
     def __len__(self) -> int: ...
 
@@ -94,10 +99,11 @@ def _parsed(line: str, place: str) -> tasks.Problem:
         row = json.loads(line)
     except ValueError as error:
         raise InputError(f"{place}: not JSON ({error})") from error
-    texts = (row.get("prompt", row.get("question")), row.get("answer")) if isinstance(row, dict) else ()
-    if len(texts) != 2 or not all(isinstance(text, str) and text for text in texts):
+    row = row if isinstance(row, dict) else {}
+    prompt, answer = row.get("prompt", row.get("question")), row.get("answer")
+    if not (isinstance(prompt, str) and prompt and isinstance(answer, str) and answer):
         raise InputError(f'{place}: expected {{"prompt": text, "answer": text}}, got {line[:80]!r}')
-    return tasks.Problem(*texts)
+    return tasks.Problem(prompt, answer)
 
 
 def _templated(problem: tasks.Problem, tokenizer: Tokenizer) -> tasks.Problem:

@@ -55,7 +55,8 @@ def _parse(line: str) -> tuple[Puzzle, Problem]:
         raise InputError("expected an object with the texts 'input' and 'output'")
     source, answer = row["input"], row["output"]
     if _SUDOKU.fullmatch(source):
-        puzzle, problem = tasks.get("sudoku4"), Problem(source.replace("\n", "") + ":", answer.replace("\n", ""))
+        puzzle: Puzzle = tasks.get("sudoku4")
+        problem = Problem(source.replace("\n", "") + ":", answer.replace("\n", ""))
     elif countdown := _COUNTDOWN.fullmatch(source):
         puzzle = _countdown(countdown[1].count(",") + 1)
         problem = Problem(f"{countdown[1]}>{countdown[2]}", answer)
@@ -67,5 +68,5 @@ def _parse(line: str) -> tuple[Puzzle, Problem]:
 
 
 @cache
-def _countdown(numbers: int) -> Countdown:
+def _countdown(numbers: int) -> Puzzle:
     return tasks.get("countdown3") if numbers == 3 else Countdown(numbers)

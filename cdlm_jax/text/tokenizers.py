@@ -253,8 +253,8 @@ def _byte_level_bpe(folder: Path, config: Mapping[str, Any], specials: Sequence[
     if len(set(vocabulary.values())) < len(vocabulary):
         raise InputError(f"{folder}: two tokens of {VOCAB} and the added tokens share an id")
     undeclared = [token for token in specials if token not in {known.content for known in added.values()}]
-    for token in undeclared:
-        vocabulary.setdefault(token, max(vocabulary.values()) + 1)
+    for name in undeclared:
+        vocabulary.setdefault(name, max(vocabulary.values()) + 1)
 
     backend = tokenizers.Tokenizer(models.BPE(vocabulary, merges, continuing_subword_prefix="", end_of_word_suffix=""))
     backend.normalizer = normalizers.NFC()
