@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -77,6 +78,14 @@ def test_the_flags_of_a_decoder_are_its_own():
         assert {name for name in fields if f" {name}" in flag.help.replace(",", " ")} == {
             name for name in fields if flag.name in fields[name]
         }
+
+
+def test_help_and_wrong_flags_do_not_wait_for_jax():
+    lines = ["--help", "generate --help", "distill --helpfull", "plan --config=tinny", "collect --bogus"]
+    run = f"[main(line.split()) for line in {lines}]"
+    code = f"import sys; from cdlm_jax.cli import main; {run}; print('jax' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("\nFalse\n")
 
 
 def test_version(capsys):
