@@ -59,7 +59,10 @@ def test_the_status(open_log, tmp_path, more, status):
     log = open_log(tmp_path, **more)
     assert log.status == ""
     log.step(1, {"loss": 1.0}, 1)
+    assert log.status == "loss 1.0000"
     log.step(2, {"loss": 2.0}, 1)
+    assert log.status == status
+    log.step(3, {"loss": 9.0}, 1)
     assert log.status == status
 
 

@@ -10,7 +10,8 @@ from cdlm_jax.training.throughput import Throughput
 
 
 class MetricsLog:
-    """Means over the steps since the last line, in `folder/metrics.jsonl`; `status` is the latest in a few words.
+    """Means over the steps since the last line, in `folder/metrics.jsonl`; `status` is the latest in a few words
+    (before there is one, the loss so far).
 
     What an earlier run wrote after the checkpoint at step `start` is dropped: those steps are run again. Only the first
     process of a cluster writes. `due(step)` says whether a step ends a line.
@@ -25,7 +26,7 @@ class MetricsLog:
             kept = self._path.with_suffix(".partial")
             kept.write_text("".join(line for line in lines if _before(line, start)))
             kept.replace(self._path)
-        self.status = ""
+        self.status, self._early = "", True
         self._restart()
 
     def _restart(self) -> None:
@@ -44,7 +45,10 @@ class MetricsLog:
             self.status = f"loss {means['loss']:.4f}  {speed['tokens_per_second']:,.0f} tokens/s"
             if "mfu" in speed:
                 self.status += f"  MFU {100 * speed['mfu']:.1f} %"
+            self._early = False
             self._restart()
+        elif self._early:
+            self.status = f"loss {self._sums['loss'] / self._count:.4f}"
 
     def write(self, step: int, values: dict[str, float]) -> None:
         if not self._writes:
