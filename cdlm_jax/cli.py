@@ -8,7 +8,7 @@ import sys
 import traceback
 import warnings
 
-from cdlm_jax.commands import COMMANDS, CONTINUED
+from cdlm_jax.commands import ANSWERING, COMMANDS, CONTINUED, INCOMPLETE
 from cdlm_jax.commands.parsing import one_line, parse
 from cdlm_jax.config import InputError
 from cdlm_jax.mesh import preemption
@@ -34,14 +34,16 @@ def entry() -> int:
 
     Python's own end would wait for them, while they wait for this process in an exchange that it will never join.
     """
+    together = False  # whether every process ends so, each by itself
     try:
         status = main()
+        together = status in (0, INCOMPLETE, preemption.EXIT_STATUS)
     except BaseException:
         if not _is_one_of_several():
             raise
         traceback.print_exc()
         status = 1
-    if status not in (0, preemption.EXIT_STATUS) and _is_one_of_several():
+    if not together and _is_one_of_several():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
@@ -57,8 +59,8 @@ def _is_one_of_several() -> bool:
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit status.
 
-    0; 2 for unusable input (one line says why); 130 when interrupted; 75 when SIGTERM ended what the same command
-    continues.
+    0; 1 where some prompts could not be answered; 2 for unusable input (one line says why); 130 when interrupted; 75
+    when SIGTERM ended what the same command continues.
     """
     arguments = sys.argv[1:] if argv is None else argv
     if not arguments or arguments[0] in ("help", "--help", "-h"):
@@ -74,8 +76,9 @@ def main(argv: list[str] | None = None) -> int:
         parsed = rest if command.define is None else parse(name, command.define, rest)
         if parsed is None:
             return 0
-        with preemption.stops_at_once() if name in CONTINUED else contextlib.nullcontext():
-            command.run(parsed)
+        continued = name in CONTINUED or (name in ANSWERING and parsed.output is not None)
+        with preemption.stops_at_once() if continued else contextlib.nullcontext():
+            return command.run(parsed) or 0
     except InputError as error:
         print(f"cdlm {name}: {error}", file=sys.stderr)
         return 2
@@ -88,7 +91,6 @@ def main(argv: list[str] | None = None) -> int:
     except preemption.Preempted as stop:
         print(f"cdlm {name}: {stop}", file=sys.stderr)
         return preemption.EXIT_STATUS
-    return 0
 
 
 def _quiet() -> None:

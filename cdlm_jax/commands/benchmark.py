@@ -2,7 +2,7 @@
 
 from absl import flags
 
-from cdlm_jax.commands.common import console, define_code_execution, define_config, warn_of_gaps
+from cdlm_jax.commands.common import console, define_code_execution, define_config, define_output, warn_of_gaps
 from cdlm_jax.config import build
 
 SUMMARY = "compare every decoder on the same weights, problems and machine"
@@ -13,6 +13,7 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_list("methods", None, "In place of config.methods, comma-separated.", flag_values=values)
     flags.DEFINE_list("task", None, "In place of config.tasks, comma-separated.", flag_values=values)
     flags.DEFINE_list("data", None, "In place of config.data: files of real problems.", flag_values=values)
+    define_output(values)
     define_code_execution(values)
 
 
@@ -27,4 +28,4 @@ def run(values: flags.FlagValues) -> None:
     config = build(BenchmarkConfig, settings, "config")
     if config.allow_code_execution:
         warn_of_gaps()
-    benchmark(config, console())
+    benchmark(config, console(), values.output)

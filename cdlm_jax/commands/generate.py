@@ -1,11 +1,14 @@
 """`cdlm generate`."""
 
 import contextlib
+import sys
+from functools import partial
 from pathlib import Path
 
 from absl import flags
 
-from cdlm_jax.commands.common import console, define_model, model
+from cdlm_jax.commands import INCOMPLETE
+from cdlm_jax.commands.common import console, define_model, define_output, model, say_where
 from cdlm_jax.config import InputError
 
 SUMMARY = "answer prompts with a model folder"
@@ -17,46 +20,67 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_list("prompt_ids", None, "Token ids to answer, comma-separated.", flag_values=values)
     flags.DEFINE_string("task", None, "Answer held-out problems of this task.", flag_values=values)
     flags.DEFINE_integer("num", 4, "How many problems of --task.", lower_bound=1, flag_values=values)
-    flags.DEFINE_string("input", None, 'JSON lines: {"prompt": text} or {"prompt_ids": [...]}.', flag_values=values)
-    flags.DEFINE_string("output", None, "Write answers here as JSON lines.", flag_values=values)
+    lines = 'JSON lines: {"prompt": text}, {"prompt_ids": [...]} or {"messages": [...]}, and perhaps an "id".'
+    flags.DEFINE_string("input", None, lines, flag_values=values)
+    flags.DEFINE_bool("strict", False, "Answer nothing if a line of --input cannot be answered.", flag_values=values)
+    define_output(values)
     flags.DEFINE_bool("chat", True, "Use the folder's chat template for text, if it has one.", flag_values=values)
+    flags.DEFINE_string("system", None, "System message of the chat template.", flag_values=values)
     flags.DEFINE_bool("show_steps", False, "Play the refinement of each answer.", flag_values=values)
 
 
-def run(values: flags.FlagValues) -> None:
-    from cdlm_jax.evaluation import prompts
-    from cdlm_jax.evaluation.answers import answer_all, check_writable, write_answers
-    from cdlm_jax.evaluation.harness import Case
-    from cdlm_jax.mesh.distributed import is_main
+def run(values: flags.FlagValues) -> int:
+    from cdlm_jax.evaluation import answers
+    from cdlm_jax.evaluation.answer_file import answer_file
 
     sources = [name for name in ("prompt", "prompt_ids", "task", "input") if values[name].value is not None]
     if len(sources) != 1:
         got = ", ".join(sources) or "none"
         raise InputError(f"give exactly one of --prompt, --prompt_ids, --task, --input; got {got}")
-    output = None if values.output is None else Path(values.output)
     terminal = console()
     with model(values) as (folder, options):
-        match sources[0]:
-            case "prompt":
-                cases = [prompts.text_case(folder.tokenizer, values.prompt, chat=values.chat)]
-            case "prompt_ids":
-                cases = [Case(_integers("prompt_ids", values.prompt_ids))]
-            case "task":
-                cases = prompts.task_cases(folder, values.task, values.num)
-            case "input":
-                cases = prompts.file_cases(folder.tokenizer, Path(values.input), chat=values.chat)
-        if output is not None and is_main():
-            check_writable(output)
-        found = []
-        for answer in answer_all(folder, cases, options, values.batch_size):
-            found.append(answer)
-            if values.show_steps:
-                show_steps(folder, answer, options, terminal)
-            elif output is None:
-                _print(answer, terminal)
-        if output is not None and is_main():
-            write_answers(output, found)
-            terminal.print(f"{len(found)} answers written to {output}")
+        items = _items(values, sources[0], folder, options)
+        settings = partial(answers.settings, folder, items, options)
+        with answer_file(values.output, len(items), settings) as file:
+            for answer in answers.answer_kept(folder, items, options, values.batch_size, file):
+                if values.show_steps:
+                    show_steps(folder, answer, options, terminal)
+                elif file is None:
+                    _print(answer, terminal)
+    refused = sum(isinstance(item, answers.Refused) for item in items)
+    say_where(file, len(items) - refused, terminal)
+    if refused:
+        _say(f"{refused} of {len(items)} lines were not answered")
+    return INCOMPLETE if refused else 0
+
+
+def _items(values: flags.FlagValues, source: str, folder, options) -> list:
+    """What to answer, and the lines that cannot be, which are reported."""
+    from cdlm_jax.evaluation import prompts
+    from cdlm_jax.evaluation.harness import Case
+
+    reader = prompts.Reader(folder.tokenizer, values.chat, values.system)
+    match source:
+        case "prompt":
+            return [reader.text(values.prompt)]
+        case "prompt_ids":
+            return [Case(_integers("prompt_ids", values.prompt_ids))]
+        case "task":
+            return prompts.task_cases(folder, values.task, values.num)
+    path = Path(values.input)
+    items = prompts.file_items(reader, folder.model.config, path, options.gen_length)
+    for complaint in prompts.complaints(path, items):
+        if values.strict:
+            raise InputError(complaint)
+        _say(complaint)
+    return items
+
+
+def _say(line: str) -> None:
+    from cdlm_jax.mesh.distributed import is_main
+
+    if is_main():
+        print(f"cdlm generate: {line}", file=sys.stderr)
 
 
 def _integers(name: str, items: list[str]) -> list[int]:

@@ -40,6 +40,10 @@ class Task(ABC):
     def score(self, problem: Problem, response: str) -> bool:
         """True if `response` (the decoded text before the first EOS) solves the problem. Never raises on odd text."""
 
+    def extract(self, problem: Problem, response: str) -> str | None:
+        """The part of a response that `score` judges: all of it, or the answer at its end; None if it has none."""
+        return response
+
     def is_heldout(self, key: str) -> bool:
         """Every eighth key, chosen by a hash that is the same on every machine and Python."""
         digest = hashlib.blake2b(f"{self.name}:{key}".encode(), digest_size=8).digest()

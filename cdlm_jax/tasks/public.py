@@ -13,8 +13,7 @@ from typing import Any
 
 from cdlm_jax.config import InputError
 from cdlm_jax.tasks.base import Problem
-
-Messages = list[dict[str, str]]  # role and content, as chat templates take them
+from cdlm_jax.text.chat import Messages
 
 
 @dataclass(frozen=True)
@@ -46,6 +45,10 @@ class Benchmark(ABC):
     opening: str = ""
     shots: int = 0
     stop: tuple[str, ...] = ()
+
+    @abstractmethod
+    def extract(self, problem: Problem, response: str) -> str | None:
+        """The part of a response that is judged (`extraction` says which), None if it has none."""
 
     @abstractmethod
     def problems(self, path: str | Path | None = None) -> list[Problem]:
@@ -93,6 +96,9 @@ class ScoredBenchmark(Benchmark):
 
 class CodeBenchmark(Benchmark):
     """Its answers are programs, which `evaluation.code_sandbox` runs."""
+
+    def extract(self, problem: Problem, response: str) -> str:
+        return self.program(problem, response).code
 
     @abstractmethod
     def program(self, problem: Problem, response: str) -> Program:
