@@ -11,7 +11,7 @@ import warnings
 from absl import flags
 
 from cdlm_jax import __version__
-from cdlm_jax.commands import COMMANDS, CONTINUED, HELP
+from cdlm_jax.commands import ANSWERING, COMMANDS, CONTINUED, HELP, INCOMPLETE
 from cdlm_jax.commands.configs import own
 from cdlm_jax.commands.groups import help_page
 from cdlm_jax.commands.parsing import one_line, parse
@@ -47,14 +47,16 @@ def entry() -> int:
 
     Python's own end would wait for them, while they wait for this process in an exchange that it will never join.
     """
+    together = False  # whether every process ends so, each by itself
     try:
         status = _piped()
+        together = status in (0, INCOMPLETE, preemption.EXIT_STATUS)
     except BaseException:
         if not _is_one_of_several():
             raise
         traceback.print_exc()
         status = 1
-    if status not in (0, preemption.EXIT_STATUS) and _is_one_of_several():
+    if not together and _is_one_of_several():
         os._exit(status)
     return status
 
@@ -83,8 +85,8 @@ def _is_one_of_several() -> bool:
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit status.
 
-    0; 2 for unusable input (one line says why); 130 when interrupted; 75 when SIGTERM ended what the same command
-    continues.
+    0; 1 where some prompts could not be answered; 2 for unusable input (one line says why); 130 when interrupted; 75
+    when SIGTERM ended what the same command continues.
     """
     arguments = sys.argv[1:] if argv is None else argv
     if arguments[:1] == ["--version"]:
@@ -103,9 +105,12 @@ def main(argv: list[str] | None = None) -> int:
         if command.define is not None and not HELP.isdisjoint(rest):
             print(_help(name, full="--helpfull" in rest))
             return 0
-        parsed = rest if command.define is None else parse(name, command.define, rest)
-        with preemption.stops_at_once() if name in CONTINUED else contextlib.nullcontext():
-            command.run(parsed)
+        if command.define is None:  # another program, which parses its own arguments
+            return command.run(rest) or 0
+        values = parse(name, command.define, rest)
+        continued = name in CONTINUED or (name in ANSWERING and values.output is not None)
+        with preemption.stops_at_once() if continued else contextlib.nullcontext():
+            return command.run(values) or 0
     except InputError as error:
         print(f"cdlm {name}: {error}", file=sys.stderr)
         return 2
@@ -120,7 +125,6 @@ def main(argv: list[str] | None = None) -> int:
     except preemption.Preempted as stop:
         print(f"cdlm {name}: {stop}", file=sys.stderr)
         return preemption.EXIT_STATUS
-    return 0
 
 
 def _quiet() -> None:

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from numbers import Integral
 from types import NoneType, UnionType
-from typing import Literal, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 from ml_collections import ConfigDict
 
@@ -78,6 +78,23 @@ class ModelConfig:
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_heads
+
+
+def difference(theirs: dict, ours: dict) -> str | None:
+    """The first nested setting, by its dotted name, that is not equal in both, and its two values; None if none is."""
+    there, here = _flat(theirs), _flat(ours)
+    for name in sorted(there.keys() | here.keys()):
+        if there.get(name) != here.get(name):
+            return f"{name} is {there.get(name)!r} there, {here.get(name)!r} here"
+    return None
+
+
+def _flat(settings: dict, prefix: str = "") -> dict:
+    """Nested settings by their dotted names."""
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return found
 
 
 def is_count(value) -> bool:

@@ -18,3 +18,5 @@ COMMANDS = {
 }
 HELP = {"--help", "-h", "--helpfull"}
 CONTINUED = ("quickstart", "pretrain", "collect", "distill")  # by the same command, where they were interrupted
+ANSWERING = ("generate", "evaluate", "benchmark")  # so are these, with --output
+INCOMPLETE = 1  # exit status: some of what was asked could not be answered

@@ -2,7 +2,7 @@
 
 from absl import flags
 
-from cdlm_jax.commands.common import console, define_code_execution, warn_of_gaps
+from cdlm_jax.commands.common import console, define_code_execution, define_output, warn_of_gaps
 from cdlm_jax.commands.configs import define_config
 from cdlm_jax.commands.groups import Group
 from cdlm_jax.config import build
@@ -16,6 +16,7 @@ def define(values: flags.FlagValues) -> None:
     problems = Group(values, "problems")
     problems.items("task", "In place of config.tasks.")
     problems.items("data", "In place of config.data: files of real problems.")
+    define_output(values)
     define_code_execution(values)
 
 
@@ -30,4 +31,4 @@ def run(values: flags.FlagValues) -> None:
     config = build(BenchmarkConfig, settings, "config")
     if config.allow_code_execution:
         warn_of_gaps()
-    benchmark(config, console())
+    benchmark(config, console(), values.output)

@@ -9,6 +9,7 @@ from absl import flags
 
 from cdlm_jax.commands.groups import Group
 from cdlm_jax.config import build
+from cdlm_jax.mesh import preemption
 
 # ---- a recipe ------------------------------------------------------------------------------------------------------
 
@@ -95,11 +96,28 @@ def model(values: flags.FlagValues) -> Iterator[tuple]:
 
     mesh = MeshConfig() if values.mesh is None else MeshConfig.parse(values.mesh)
     join(values)
-    with jax.set_mesh(make_mesh(mesh)):
+    # Alone, a process stops at once; several that keep their answers stop where they agree to.
+    together = jax.process_count() > 1 and "output" in values and values.output is not None
+    told = preemption.noticed() if together else contextlib.nullcontext()
+    with told, jax.set_mesh(make_mesh(mesh)):
         folder = ModelFolder.load(values.model, dtype=values.dtype)
         chosen: dict[str, Any] = {field.name: values[field.name].value for field in fields(Options)}
         options = Options(**chosen)
         yield folder, options.resolve(folder.metadata, causal=folder.model.config.causal)
+
+
+# ---- answers ---------------------------------------------------------------------------------------------------------
+
+
+def define_output(values: flags.FlagValues) -> None:
+    Group(values, "output").text("output", None, "Keep the answers here, as JSON lines; the same command continues it.")
+
+
+def say_where(file, answers: int, console) -> None:
+    """Where the answers are, if they are kept."""
+    if file is not None:
+        done = "were there already in" if file.complete else "written to"
+        console.print(f"{answers} answers {done} {file.path}", soft_wrap=True, highlight=False)
 
 
 # ---- programs that a model writes, and the terminal ------------------------------------------------------------------

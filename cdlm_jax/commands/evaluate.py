@@ -1,8 +1,18 @@
 """`cdlm evaluate`."""
 
+from functools import partial
+
 from absl import flags
 
-from cdlm_jax.commands.common import console, define_code_execution, define_model, model, warn_of_gaps
+from cdlm_jax.commands.common import (
+    console,
+    define_code_execution,
+    define_model,
+    define_output,
+    model,
+    say_where,
+    warn_of_gaps,
+)
 from cdlm_jax.commands.groups import Group
 from cdlm_jax.config import InputError
 
@@ -16,14 +26,17 @@ def define(values: flags.FlagValues) -> None:
     problems.number("num", None, "Problems of each [512 of a task, all of a benchmark].")
     problems.items("data", "Files: 4x4 Sudoku, Countdown, or name=path of a benchmark.")
     problems.switch("chat", True, "Use the folder's chat template for benchmarks, if it has one.")
+    problems.text("system", None, "System message of the chat template, for benchmarks.")
+    define_output(values)
     define_code_execution(values)
 
 
 def run(values: flags.FlagValues) -> None:
-    from cdlm_jax.evaluation import problems
-    from cdlm_jax.evaluation.answers import answer_all
+    from cdlm_jax.evaluation import answers, problems
+    from cdlm_jax.evaluation.answer_file import answer_file
     from cdlm_jax.evaluation.harness import by_group
     from cdlm_jax.evaluation.report import score_table
+    from cdlm_jax.mesh.distributed import is_main
     from cdlm_jax.mesh.progress import track
 
     if not values.task and not values.data:
@@ -37,8 +50,14 @@ def run(values: flags.FlagValues) -> None:
             values.data or [],
             count=values.num,
             chat=values.chat,
+            system=values.system,
             allow_code_execution=values.allow_code_execution,
         )
-        found = answer_all(folder, cases, options, values.batch_size)
-        scores = by_group(list(track(found, "answers", len(cases))))
-    console().print(score_table(scores).rich())
+        settings = partial(answers.settings, folder, cases, options)
+        with answer_file(values.output, len(cases), settings) as file:
+            kept = answers.answer_kept(folder, cases, options, values.batch_size, file)
+            found = list(track(kept, "answers", len(cases)))
+    terminal = console()
+    say_where(file, len(cases), terminal)
+    if is_main():
+        terminal.print(score_table(by_group(found)).rich())

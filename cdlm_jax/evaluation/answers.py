@@ -1,51 +1,111 @@
-"""Answers of any model folder, and the file they are kept in."""
+"""Answers of any model folder, as they come: new ones, and those that a file has already."""
 
+import dataclasses
+import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-from cdlm_jax.config import InputError
+import numpy as np
+
 from cdlm_jax.decoding.options import Options
+from cdlm_jax.evaluation.answer_file import AnswerFile
 from cdlm_jax.evaluation.harness import Answer, Case, answers
+from cdlm_jax.mesh import preemption
+from cdlm_jax.mesh.distributed import Agreement
+from cdlm_jax.models.hf import fingerprint
 from cdlm_jax.models.model_folder import ModelFolder
 
 
-def answer_all(folder: ModelFolder, cases: Sequence[Case], options: Options, batch_size: int) -> Iterator[Answer]:
-    """Decode with resolved options, in order."""
-    decode = partial(options.bind(), folder.model)
-    return answers(decode, folder.model.config, folder.tokenizer, cases, batch_size=batch_size, seed=options.seed)
+@dataclasses.dataclass(frozen=True)
+class Refused:
+    """A prompt that cannot be answered, and why. tags: as a Case's."""
+
+    error: str
+    tags: Mapping[str, Any]
 
 
-def record(answer: Answer) -> dict[str, Any]:
-    """An answer as one JSON object."""
+Item = Case | Refused
+
+
+def answer_all(
+    folder: ModelFolder, cases: Sequence[Case], options: Options, batch_size: int, start: int = 0
+) -> Iterator[Answer]:
+    """Decode with resolved options, in order, from case number `start` on."""
+    decode, config = partial(options.bind(), folder.model), folder.model.config
+    return answers(decode, config, folder.tokenizer, cases, batch_size=batch_size, seed=options.seed, start=start)
+
+
+def answer_kept(
+    folder: ModelFolder, items: Sequence[Item], options: Options, batch_size: int, file: AnswerFile | None
+) -> Iterator[Answer]:
+    """The answer of every case, in order: those that the file has, then new ones, which it is given as they come.
+
+    Preempted between two answers, in all processes at the same one, if SIGTERM came (`preemption.noticed`). Those that
+    do not write the file have the new answers only.
+    """
+    done, records = (0, []) if file is None else file.take(len(items))
+    for item, kept in zip(items[:done], records, strict=False):
+        if isinstance(item, Case):
+            yield _answer(item, kept)
+    cases = [item for item in items if isinstance(item, Case)]
+    start = sum(isinstance(item, Case) for item in items[:done])
+    new, stops = answer_all(folder, cases, options, batch_size, start), Agreement()
+    for item in items[done:]:
+        if stops(preemption.received()):
+            raise preemption.Preempted
+        found = next(new) if isinstance(item, Case) else item
+        if file is not None:
+            file.write(record(found))
+        if isinstance(found, Answer):
+            yield found
+
+
+def record(found: Answer | Refused) -> dict[str, Any]:
+    """An answer, or why there is none, as one JSON object."""
+    if isinstance(found, Refused):
+        return {**found.tags, "error": found.error}
     values = {
-        "prompt": answer.case.text,
-        "prompt_ids": list(answer.case.ids),
-        "response": answer.text,
-        "tokens": answer.tokens.tolist(),
-        "length": answer.length,
-        "forwards": answer.forwards,
-        "correct": answer.correct,
+        **found.case.tags,
+        "prompt": found.case.text,
+        "prompt_ids": list(found.case.ids),
+        "response": found.text,
+        "extracted": found.extracted,
+        "correct": found.correct,
+        "tokens": found.tokens.tolist(),
+        "finalized_at": found.finalized_at.tolist(),
+        "length": found.length,
+        "forwards": found.forwards,
     }
     return {name: value for name, value in values.items() if value is not None}
 
 
-def write_answers(path: Path, found: Sequence[Answer]) -> None:
-    """JSON lines; the file appears whole."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(json.dumps(record(answer)) + "\n" for answer in found), encoding="utf-8")
-    partial.replace(path)
+def _answer(case: Case, kept: dict[str, Any]) -> Answer:
+    """The answer that a record was made from."""
+    tokens, finalized_at = (np.asarray(kept[name], np.int32) for name in ("tokens", "finalized_at"))
+    text, correct, extracted = (kept.get(name) for name in ("response", "correct", "extracted"))
+    return Answer(case, tokens, finalized_at, kept["length"], kept["forwards"], text, correct, extracted)
 
 
-def check_writable(path: Path) -> None:
-    """Refuse an output path before any work is spent on it; what is there now stays until the answers are."""
-    if path.is_dir():
-        raise InputError(f"cannot write {path}: it is a folder")
-    probe = path.with_name(path.name + ".partial")
-    try:
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}") from error
+def settings(folder: ModelFolder, items: Sequence[Item], options: Options) -> dict[str, Any]:
+    """What the answers are a function of, by name. The batch size and the mesh have no part in it."""
+    return asked(folder, items) | {"options": given(options)}
+
+
+def given(options: Options) -> dict[str, Any]:
+    """The options that are not None."""
+    return {name: value for name, value in dataclasses.asdict(options).items() if value is not None}
+
+
+def asked(folder: ModelFolder, items: Sequence[Item]) -> dict[str, Any]:
+    """Who is asked what: fingerprints of the model, its tokenizer, and the prompts."""
+    prompts = [
+        [*map(int, item.ids), item.text, item.group, dict(item.tags)] if isinstance(item, Case) else record(item)
+        for item in items
+    ]
+    return {
+        "model": fingerprint(folder.model),
+        "tokenizer": None if folder.tokenizer is None else folder.tokenizer.fingerprint(),
+        "prompts": {"count": len(items), "digest": hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16]},
+    }

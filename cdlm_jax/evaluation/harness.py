@@ -4,6 +4,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,18 +28,21 @@ NamedProblem = tuple[str, tasks.Problem]  # (task name, problem)
 @dataclasses.dataclass(frozen=True)
 class Case:
     """One prompt to answer. ids: its tokens; text: as shown; check: whether a response (its text before the first EOS)
-    is right, None where nobody knows; group: what it is counted under."""
+    is right, None where nobody knows; extract: the part of it that is judged; group: what it is counted under; tags:
+    what its record says besides the answer."""
 
     ids: Sequence[int]
     text: str | None = None
     check: Callable[[str], bool] | None = None
     group: str = ""
+    extract: Callable[[str], str | None] | None = None
+    tags: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """tokens, finalized_at: [gen_length]; length: tokens before the first EOS; text, correct: None without a tokenizer,
-    or a check."""
+    """tokens, finalized_at: [gen_length]; length: tokens before the first EOS; text, correct, extracted: None without a
+    tokenizer, or a check."""
 
     case: Case
     tokens: np.ndarray
@@ -47,6 +51,7 @@ class Answer:
     forwards: int
     text: str | None
     correct: bool | None
+    extracted: str | None = None
 
 
 def heldout_problems(names: Sequence[str], per_task: int) -> list[NamedProblem]:
@@ -61,6 +66,7 @@ def problem_cases(tokenizer: Tokenizer, problems: Sequence[NamedProblem]) -> lis
             ids=tokenizer.encode(problem.prompt),
             text=problem.prompt,
             check=partial(tasks.get(name).score, problem),
+            extract=partial(tasks.get(name).extract, problem),
             group=name,
         )
         for name, problem in problems
@@ -76,8 +82,10 @@ def answers(
     batch_size: int,
     width: int | None = None,
     seed: int = 0,
+    start: int = 0,
 ) -> Iterator[Answer]:
-    """Answer all cases in order, in batches of one shape (the last is filled up): one program serves all.
+    """Answer the cases from number `start` on in order, in batches of one shape (the last is filled up): one program
+    serves all. The batches are those of all cases, so that an answer has the same neighbours whatever `start` is.
 
     width: tokens to pad prompts to, by default the longest prompt's. A sample depends on the seed and the case's place.
     """
@@ -85,10 +93,12 @@ def answers(
         check_ids(config, number, case.ids)
     width = width or max(len(case.ids) for case in cases)
     rows = whole_batch(min(batch_size, len(cases)))
-    for start in range(0, len(cases), rows):
-        batch = cases[start : start + rows]
-        result = fetch(decode(*padded(batch, rows, width, config.pad_token_id), _keys(seed, start, rows)))
+    for first in range(start - start % rows, len(cases), rows):
+        batch = cases[first : first + rows]
+        result = fetch(decode(*padded(batch, rows, width, config.pad_token_id), _keys(seed, first, rows)))
         for row, case in enumerate(batch):
+            if first + row < start:
+                continue
             yield _answer(case, tokenizer, result, row)
 
 
@@ -110,7 +120,8 @@ def _answer(case: Case, tokenizer: Tokenizer | None, result: DecodeResult, row: 
     length = int(result.lengths[row])
     text = None if tokenizer is None else tokenizer.decode(tokens[:length].tolist())
     correct = None if text is None or case.check is None else case.check(text)
-    return Answer(case, tokens, finalized_at, length, int(result.forwards[row]), text, correct)
+    extracted = None if text is None or case.extract is None else case.extract(text)
+    return Answer(case, tokens, finalized_at, length, int(result.forwards[row]), text, correct, extracted)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,6 +8,7 @@ from cdlm_jax import tasks
 from cdlm_jax.config import InputError
 from cdlm_jax.evaluation import code_sandbox
 from cdlm_jax.evaluation.harness import Case, heldout_problems, problem_cases
+from cdlm_jax.evaluation.prompts import Reader
 from cdlm_jax.tasks import real_data
 from cdlm_jax.tasks.public import CodeBenchmark
 from cdlm_jax.text.tokenizers import Tokenizer
@@ -22,6 +23,7 @@ def cases(
     *,
     count: int | None = None,
     chat: bool = True,
+    system: str | None = None,
     allow_code_execution: bool = False,
 ) -> list[Case]:
     """What to answer, counted by task or by file.
@@ -29,10 +31,11 @@ def cases(
     names: tasks, whose first `count` held-out problems are taken (None: 512), and public benchmarks (None: all; so of
         files).
     files: Sudoku or Countdown as `path`; a benchmark's as `name=path`, or as `path` if it is alone.
-    chat: put benchmark questions into the folder's chat template, where it has one.
+    chat: put benchmark questions into the folder's chat template, where it has one; system: its system message.
     """
     if tokenizer is None:
         raise InputError("this model folder has no tokenizer, so it cannot read problems")
+    reader = Reader(tokenizer, chat, system)
     if unknown := [name for name in names if name not in (*tasks.NAMES, *tasks.BENCHMARKS)]:
         known = f"tasks are {', '.join(tasks.NAMES)}; benchmarks are {', '.join(tasks.BENCHMARKS)}"
         raise InputError(f"unknown task {unknown[0]!r}; {known}")
@@ -43,11 +46,17 @@ def cases(
     for path in puzzles:
         puzzle, problems = real_data.load(path)
         found += [
-            Case(tokenizer.encode(problem.prompt), problem.prompt, partial(puzzle.score, problem), Path(path).name)
+            Case(
+                ids=tokenizer.encode(problem.prompt),
+                text=problem.prompt,
+                check=partial(puzzle.score, problem),
+                extract=partial(puzzle.extract, problem),
+                group=Path(path).name,
+            )
             for problem in problems[:count]
         ]
     for name in benchmarks:
-        found += _benchmark_cases(tokenizer, name, paths.get(name), count, chat, allow_code_execution)
+        found += _benchmark_cases(reader, name, paths.get(name), count, allow_code_execution)
     return found
 
 
@@ -61,18 +70,19 @@ def _assigned(files: Sequence[str], benchmarks: Sequence[str], *, alone: bool) -
 
 
 def _benchmark_cases(
-    tokenizer: Tokenizer, name: str, path: str | None, count: int | None, chat: bool, allow_code_execution: bool
+    reader: Reader, name: str, path: str | None, count: int | None, allow_code_execution: bool
 ) -> list[Case]:
     benchmark = tasks.benchmark_named(name)
     if isinstance(benchmark, CodeBenchmark) and not allow_code_execution:
         raise InputError(f"{name} runs programs that the model writes; --allow_code_execution allows it, in a sandbox")
     score = partial(code_sandbox.score, benchmark) if isinstance(benchmark, CodeBenchmark) else benchmark.score
-    template = tokenizer.apply_chat_template if chat and tokenizer.chat_template is not None else None
+    template = reader.rendered if reader.has_template else None
     return [
         Case(
-            ids=tokenizer.encode(benchmark.text(problem, template)),
+            ids=reader.known.encode(benchmark.text(problem, template)),
             text=problem.prompt,
             check=partial(score, problem),
+            extract=partial(benchmark.extract, problem),
             group=name,
         )
         for problem in benchmark.problems(path)[:count]

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import numpy as np
@@ -20,7 +20,8 @@ from cdlm_jax.decoding.options import DEFAULT_SIZES, Options, folder_size, folde
 from cdlm_jax.decoding.progress import DecodeResult
 from cdlm_jax.decoding.unmask import Threshold
 from cdlm_jax.evaluation import problems
-from cdlm_jax.evaluation.answers import answer_all
+from cdlm_jax.evaluation.answer_file import AnswerFile, answer_file
+from cdlm_jax.evaluation.answers import answer_kept, asked, given
 from cdlm_jax.evaluation.harness import (
     Answer,
     Case,
@@ -212,15 +213,21 @@ class Setting:
     def options(self, method: Method) -> Options:
         return method.options.resolve(self.folders[method.role].metadata | self.sizes)
 
+    def kept(self, chosen: Sequence[Method]) -> dict[str, Any]:
+        """The settings that the answers of all methods depend on."""
+        models: dict[str, Any] = {role: asked(folder, self.cases[role]) for role, folder in self.folders.items()}
+        options = {method.name: given(self.options(method)) for method in chosen}
+        return {"seed": self.config.seed, "methods": options, **models}
+
     def calls(self, method: Method, count: int, size: int) -> list[Callable[[], DecodeResult]]:
         """Decodes `requests`."""
         decode = partial(self.options(method).bind(), self.folders[method.role].model)
         return [partial(decode, *request) for request in self.requests(method.role, count, size)]
 
-    def answer(self, method: Method, console: Console) -> list[Answer]:
+    def answer(self, method: Method, console: Console, file: AnswerFile | None = None) -> list[Answer]:
         options = dataclasses.replace(self.options(method), seed=self.config.seed)
-        cases = self.cases[method.role]
-        found = answer_all(self.folders[method.role], cases, options, self.config.batch_size)
+        cases = [dataclasses.replace(case, tags={"method": method.name}) for case in self.cases[method.role]]
+        found = answer_kept(self.folders[method.role], cases, options, self.config.batch_size, file)
         return list(track(found, f"{method.name:32}", len(cases), console=console))
 
 
@@ -233,8 +240,11 @@ def _size(config: BenchmarkConfig, folders: Mapping[Role, ModelFolder], name: st
     return getattr(config, name) or next(iter(found.values()), DEFAULT_SIZES[name])
 
 
-def benchmark(config: BenchmarkConfig, console: Console) -> list[Measured]:
-    """Measure every method, print the tables, write results.json, results.md and the plots under `work`."""
+def benchmark(config: BenchmarkConfig, console: Console, output: str | None = None) -> list[Measured]:
+    """Measure every method, print the tables, write results.json, results.md and the plots under `work`.
+
+    output: a file for the answers of all methods (`AnswerFile`). The same call continues it; times are taken anew.
+    """
     setting = Setting.load(config)
     config = setting.config
     chosen = [method for method in methods(config) if method.role in setting.folders]
@@ -249,11 +259,13 @@ def benchmark(config: BenchmarkConfig, console: Console) -> list[Measured]:
     problems = len(setting.cases[chosen[0].role])
     config.folder.mkdir(parents=True, exist_ok=True)
     console.print(f"{len(chosen)} methods, {problems} problems; everything is written under {config.folder}")
-    latency = _latency(setting, chosen, console)
-    throughput = _throughput(setting, [method for method in chosen if method.headline], console)
+    with answer_file(output, problems * len(chosen), partial(setting.kept, chosen)) as file:
+        latency = _latency(setting, chosen, console)
+        throughput = _throughput(setting, [method for method in chosen if method.headline], console)
+        answers = {method.name: setting.answer(method, console, file) for method in chosen}
     results, samples = [], []
     for method in chosen:
-        found = setting.answer(method, console)
+        found = answers[method.name]
         name, options = method.name, setting.options(method)
         results.append(Measured.of(name, method.series, options, found, latency[name], throughput.get(name)))
         if method.headline:

@@ -27,6 +27,10 @@ class Puzzle(ABC):
     def score(self, problem: Problem, response: str) -> bool:
         """True if `response` (the decoded text before the first EOS) solves the problem. Never raises on odd text."""
 
+    def extract(self, problem: Problem, response: str) -> str | None:
+        """The part of a response that `score` judges: all of it, or the answer at its end; None if it has none."""
+        return response
+
     def malformed(self, prompt: str, expected: str) -> InputError:
         return InputError(f"{self.name}: prompt {prompt!r} is not {expected}")
 

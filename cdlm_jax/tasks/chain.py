@@ -41,7 +41,10 @@ class Chain(Task):
     def key(self, problem: Problem) -> str:
         return problem.prompt
 
+    def extract(self, problem: Problem, response: str) -> str | None:
+        final = _FINAL.fullmatch(response)
+        return None if final is None else final[1]
+
     def score(self, problem: Problem, response: str) -> bool:
         """The digit after the only `#`, with nothing behind it, is the value of the chain. The steps are not judged."""
-        final = _FINAL.fullmatch(response)
-        return final is not None and final[1] == problem.answer[-1]
+        return self.extract(problem, response) == problem.answer[-1]

@@ -75,6 +75,10 @@ class Gsm8k(ScoredBenchmark):
             return [_problem(row, f"TFDS gsm8k, row {number}") for number, row in enumerate(_prepared_rows(), 1)]
         return [_problem(row, place) for place, row in read_rows(path)]
 
+    def extract(self, problem: Problem, response: str) -> str | None:
+        found = final_number(cut(response, self.stop))
+        return None if found is None else str(found)
+
     def score(self, problem: Problem, response: str) -> bool:
         return final_number(cut(response, self.stop)) == gold(problem)
 

@@ -64,10 +64,13 @@ class Math500(ScoredBenchmark):
             raise InputError(f"{self.name} needs a data file: rows with problem and answer, or problem and solution")
         return [_problem(row, place) for place, row in read_rows(path)]
 
+    def extract(self, problem: Problem, response: str) -> str | None:
+        text = cut(response, self.stop)
+        return boxed(text) or after_phrase(text)
+
     def score(self, problem: Problem, response: str) -> bool:
         """InputError if math-verify is needed and not installed."""
-        text = cut(response, self.stop)
-        answer = boxed(text) or after_phrase(text)
+        answer = self.extract(problem, response)
         if answer is None:
             return False
         return any(_equal(problem.answer, form) for form in _forms(answer))

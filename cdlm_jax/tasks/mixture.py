@@ -10,6 +10,7 @@ import numpy as np
 
 from cdlm_jax import tasks
 from cdlm_jax.config import InputError
+from cdlm_jax.text import chat
 from cdlm_jax.text.tokenizers import Tokenizer
 
 
@@ -66,7 +67,8 @@ class ProblemMixture:
 
 
 class PromptFile:
-    """Prompts with worked answers from a file of JSON lines, {"prompt": text, "answer": text} ("question" will do).
+    """Prompts with worked answers from a file of JSON lines, {"prompt": text, "answer": text} ("question" will do),
+    or chats, {"messages": [{"role": ..., "content": ...}, ...]}, whose last turn is the answer to all before it.
 
     Where the tokenizer has a chat template, both are put into it: the prompt as the user's turn, the answer as the
     assistant's, with the end of the turn. Prompts of more than `prompt_length` tokens are left out, as in the paper;
@@ -80,7 +82,7 @@ class PromptFile:
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"cannot read the prompts of {path}: {error}") from error
         lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-        everything = [_templated(_parsed(line, f"{path}, line {number}"), tokenizer) for number, line in lines]
+        everything = [_problem(line, f"{path}, line {number}", tokenizer) for number, line in lines]
         self._problems = [one for one in everything if 1 <= len(tokenizer.encode(one.prompt)) <= prompt_length]
         self.total = len(everything)
         self.seed = seed
@@ -94,23 +96,35 @@ class PromptFile:
         return self.names[0], self._problems[index]
 
 
-def _parsed(line: str, place: str) -> tasks.Problem:
+def _problem(line: str, place: str, tokenizer: Tokenizer) -> tasks.Problem:
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{place}: not JSON ({error})") from error
     row = row if isinstance(row, dict) else {}
+    if "messages" in row:
+        return _of_chat(row, place, tokenizer)
     prompt, answer = row.get("prompt", row.get("question")), row.get("answer")
     if not (isinstance(prompt, str) and prompt and isinstance(answer, str) and answer):
-        raise InputError(f'{place}: expected {{"prompt": text, "answer": text}}, got {line[:80]!r}')
-    return tasks.Problem(prompt, answer)
-
-
-def _templated(problem: tasks.Problem, tokenizer: Tokenizer) -> tasks.Problem:
+        expected = '{"prompt": text, "answer": text} or {"messages": [...]}'
+        raise InputError(f"{place}: expected {expected}, got {line[:80]!r}")
     if tokenizer.chat_template is None:
-        return problem
-    turns = [{"role": "user", "content": problem.prompt}, {"role": "assistant", "content": problem.answer}]
-    prompt = tokenizer.apply_chat_template(turns[:1])
+        return tasks.Problem(prompt, answer)
+    return _templated([{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}], tokenizer)
+
+
+def _of_chat(row: dict, place: str, tokenizer: Tokenizer) -> tasks.Problem:
+    try:
+        if double := sorted(row.keys() & {"prompt", "question", "answer"}):
+            raise InputError(f"messages hold the prompt and the answer, got {double[0]} too")
+        return _templated(chat.checked(row["messages"], last="assistant", tokenizer=tokenizer), tokenizer)
+    except InputError as error:
+        raise InputError(f"{place}: {error}") from error
+
+
+def _templated(turns: chat.Messages, tokenizer: Tokenizer) -> tasks.Problem:
+    """The last turn as the answer to those before it."""
+    prompt = tokenizer.apply_chat_template(turns[:-1])
     both = tokenizer.apply_chat_template(turns, add_generation_prompt=False)
     if both == tokenizer.apply_chat_template(turns):  # it opens the next turn whether asked to or not
         both = both.removesuffix(tokenizer.apply_chat_template([]))

@@ -13,9 +13,9 @@ from typing import Any, Generic, TypeVar
 
 from cdlm_jax.config import InputError
 from cdlm_jax.tasks.base import Problem
+from cdlm_jax.text.chat import Messages
 
 P = TypeVar("P", bound=Problem)  # what a benchmark knows of a problem
-Messages = list[dict[str, str]]  # role and content, as chat templates take them
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,10 @@ class Benchmark(ABC, Generic[P]):
     opening: str = ""
     shots: int = 0
     stop: tuple[str, ...] = ()
+
+    @abstractmethod
+    def extract(self, problem: P, response: str) -> str | None:
+        """The part of a response that is judged (`extraction` says which), None if it has none."""
 
     @abstractmethod
     def problems(self, path: str | Path | None = None) -> list[P]:
@@ -94,6 +98,9 @@ class ScoredBenchmark(Benchmark[Problem]):
 
 class CodeBenchmark(Benchmark[P]):
     """Its answers are programs, which `evaluation.code_sandbox` runs."""
+
+    def extract(self, problem: P, response: str) -> str:
+        return self.program(problem, response).code
 
     @abstractmethod
     def program(self, problem: P, response: str) -> Program:

@@ -1,13 +1,12 @@
 """Training checkpoints with Orbax: the train state, the data iterator's place, and the settings they belong to."""
 
-import functools
 import json
 from pathlib import Path
 
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from cdlm_jax.config import InputError
+from cdlm_jax.config import InputError, difference
 from cdlm_jax.training.step import TrainState
 
 
@@ -66,13 +65,11 @@ class Checkpoints:
             raise InputError(f"{found}; if it is damaged, remove it to continue from the one before") from error
 
     def _refuse_another_run(self, settings: dict) -> None:
-        theirs, ours = _flat(settings), _flat(self._settings)
-        for name in sorted(theirs.keys() | ours.keys()):
-            if theirs.get(name) != ours.get(name):
-                raise InputError(
-                    f"{self._checkpointer.directory} holds checkpoints of another run: {name} is {theirs.get(name)!r} "
-                    f"there, {ours.get(name)!r} here; use another work folder or remove this one"
-                )
+        if different := difference(settings, self._settings):
+            raise InputError(
+                f"{self._checkpointer.directory} holds checkpoints of another run: {different}; "
+                "use another work folder or remove this one"
+            )
 
     def _read(self, step: int, like: TrainState) -> TrainState:
         names = _tree(like)  # in the state's own order, which the stored dict does not keep
@@ -84,13 +81,6 @@ class Checkpoints:
 
     def close(self) -> None:
         self._checkpointer.close()
-
-
-def _flat(settings: dict) -> dict:
-    """Nested settings by their dotted names."""
-    path = functools.partial(jax.tree_util.keystr, simple=True, separator=".")
-    leaves = jax.tree.leaves_with_path(settings, is_leaf=lambda value: not isinstance(value, dict))
-    return {path(keys): value for keys, value in leaves}
 
 
 def _tree(state: TrainState) -> dict[str, jax.Array]:
