@@ -63,7 +63,7 @@ class ProblemMixture:
 
 class PromptFile:
     """Prompts with worked answers from a file of JSON lines, {"prompt": text, "answer": text} ("question" will do),
-    or chats, {"messages": [{"role": ..., "content": ...}, ...]}, whose last turn is the answer, all before it the prompt.
+    or chats, {"messages": [{"role": ..., "content": ...}, ...]}, whose last turn is the answer to all before it.
 
     Where the tokenizer has a chat template, both are put into it: the prompt as the user's turn, the answer as the
     assistant's, with the end of the turn. Prompts of more than `prompt_length` tokens are left out, as in the paper;
