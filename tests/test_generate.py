@@ -90,9 +90,8 @@ def test_golden_folders_with_token_ids_in_and_out(case_id, tmp_path):
     np.testing.assert_array_equal([row["tokens"] for row in found], expected.tokens)
     assert [row["length"] for row in found] == expected.lengths.tolist()
     assert [row["forwards"] for row in found] == expected.forwards.tolist()
-    assert all(row.keys() == {"prompt_ids", "tokens", "finalized_at", "length", "forwards"} for row in found), (
-        "no text to show"
-    )
+    keys = {"line", "prompt_ids", "tokens", "finalized_at", "length", "forwards"}
+    assert all(row.keys() == keys for row in found), "no text to show"
 
     # And the second row is the golden decode itself, up to its first EOS.
     length = found[1]["length"]
@@ -261,7 +260,7 @@ def test_lines_end_at_line_feeds_only(tmp_path):
     path = tmp_path / "in.jsonl"
     path.write_text(json.dumps({"prompt": text}, ensure_ascii=False) + "\r\n\n" + '{"prompt_ids": [0]}', "utf-8")
     reader = prompts.Reader(Tokenizer.characters("abc\u2028\x85"))
-    first, second = prompts.file_items(reader, TINY, path, gen_length=8)
+    first, second = prompts.file_items(reader, dataclasses.replace(TINY, mask_token_id=39), path, gen_length=8)
     assert (first.text, first.ids, second.ids) == (text, [0, 3, 1, 4, 2], [0])
 
 
