@@ -79,7 +79,7 @@ OPTIONS = {
     "temperature of evaluate": ("evaluate --model=teacher --task=chain --temperature=nan", ["temperature", "nan"]),
     "decoder": (f"{TEXT} --decoder=beam", ["decoder must be one of naive, ", "'beam'"]),
 }
-FROM_FILE = "generate --model=teacher --input"
+FROM_FILE = "generate --model=teacher --strict --input"
 FILES = {
     "no input": (f"{FROM_FILE}=nowhere.jsonl", ["cannot read nowhere.jsonl", "No such file"]),
     "input is binary": (f"{FROM_FILE}=teacher/model.safetensors", ["cannot read teacher/model.safetensors"]),

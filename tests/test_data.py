@@ -214,6 +214,36 @@ def test_a_template_that_rewrites_prompts_is_refused(tmp_path):
         prompt_file(tmp_path, {"prompt": "a", "answer": "b"}, tokenizer=tokenizer)
 
 
+USER, ASSISTANT = ({"role": role, "content": role[0]} for role in ("user", "assistant"))
+
+
+def test_chats_with_their_last_turn_as_the_answer(tmp_path):
+    chatty = dataclasses.replace(LETTERS, chat_template=CHAT)
+    turns = [{"role": "system", "content": "s"}, USER, ASSISTANT, USER, ASSISTANT]
+    problems = prompt_file(tmp_path, {"messages": turns, "id": 3}, tokenizer=chatty, prompt_length=99)
+    assert problems[0][1] == tasks.Problem("[system]s$\n[user]u$\n[assistant]a$\n[user]u$\n[assistant]", "a$")
+    with pytest.raises(InputError, match="line 1: messages need a chat template, and this model folder has none"):
+        prompt_file(tmp_path, {"messages": turns})
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([], r"must be a list of \{role, content\}, got \[\]"),
+        (["hi"], "message 1 needs role and content, got 'hi'"),
+        ([USER | {"name": "x"}], "message 1 has the unknown key 'name', allowed: role, content"),
+        ([USER | {"role": "tool"}], "role must be one of system, user, assistant, got 'tool'"),
+        ([USER, ASSISTANT | {"content": ""}], "message 2: content must be a text that is not empty, got ''"),
+        ([USER], "messages are of user; allowed: perhaps system, .* assistant at the end"),
+        ([USER, USER, ASSISTANT], "messages are of user, user, assistant; allowed"),
+    ],
+)
+def test_messages_that_are_no_chat(tmp_path, messages, message):
+    chatty = dataclasses.replace(LETTERS, chat_template=CHAT)
+    with pytest.raises(InputError, match=f"line 1: .*{message}"):
+        prompt_file(tmp_path, {"messages": messages}, tokenizer=chatty)
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [

@@ -13,6 +13,7 @@ import pytest
 from conftest import GOLDEN, load_case
 from rich.console import Console
 from test_model_folder import BLOCK_SIZE, GEN_LENGTH, tiny_folder
+from tiny import TINY
 
 from cdlm_jax import tasks
 from cdlm_jax.cli import main
@@ -89,7 +90,8 @@ def test_golden_folders_with_token_ids_in_and_out(case_id, tmp_path):
     np.testing.assert_array_equal([row["tokens"] for row in found], expected.tokens)
     assert [row["length"] for row in found] == expected.lengths.tolist()
     assert [row["forwards"] for row in found] == expected.forwards.tolist()
-    assert all(row.keys() == {"prompt_ids", "tokens", "length", "forwards"} for row in found), "no text to show"
+    keys = {"line", "prompt_ids", "tokens", "finalized_at", "length", "forwards"}
+    assert all(row.keys() == keys for row in found), "no text to show"
 
     # And the second row is the golden decode itself, up to its first EOS.
     length = found[1]["length"]
@@ -277,7 +279,8 @@ def test_lines_end_at_line_feeds_only(tmp_path):
     text = "a\u2028b\x85c"
     path = tmp_path / "in.jsonl"
     path.write_text(json.dumps({"prompt": text}, ensure_ascii=False) + "\r\n\n" + '{"prompt_ids": [0]}', "utf-8")
-    first, second = prompts.file_cases(Tokenizer.characters("abc\u2028\x85"), path, chat=True)
+    reader = prompts.Reader(Tokenizer.characters("abc\u2028\x85"))
+    first, second = prompts.file_items(reader, dataclasses.replace(TINY, mask_token_id=39), path, gen_length=8)
     assert (first.text, first.ids, second.ids) == (text, [0, 3, 1, 4, 2], [0])
 
 
@@ -307,13 +310,51 @@ def test_show_steps_without_a_tokenizer_shows_ids():
     assert lines[-1].split()[2:4] == ["9", "17"]
 
 
-def test_the_output_appears_whole_or_not_at_all(tmp_path, monkeypatch):
-    answer = Answer(Case([1]), np.array([2]), np.array([0]), length=1, forwards=1, text=None, correct=None)
-    output = tmp_path / "out.jsonl"
-    answers.write_answers(output, [answer, answer])
-    assert read_rows(output) == [{"prompt_ids": [1], "tokens": [2], "length": 1, "forwards": 1}] * 2
-    with monkeypatch.context() as patch:
-        patch.setattr(json, "dumps", Mock(side_effect=["{}", OSError("no space left")]))
-        with pytest.raises(OSError, match="no space left"):
-            answers.write_answers(output, [answer, answer])
-    assert len(read_rows(output)) == 2
+# ---- lines that cannot be answered ---------------------------------------------------------------------------------
+
+BAD_LINES = {
+    "1+1=": "not JSON",
+    "[1]": "expected {",
+    '{"prompt": ""}': "is empty",
+    '{"prompt": "\u00e9"}': "not in the alphabet",
+    '{"promt": "1"}': "unknown key 'promt', allowed: prompt, prompt_ids, messages, id",
+    '{"prompt": "1", "prompt_ids": [1]}': "expected {",
+    '{"prompt_ids": [1, true]}': "expected {",
+    '{"prompt_ids": [4000]}': "token 4000",
+    '{"prompt_ids": [1]}': "mask token",
+    '{"prompt": "' + 500 * "1" + '"}': "exceeds the model's",
+    '{"messages": [{"role": "assistant", "content": "1"}]}': "messages are of assistant; allowed: ",
+}
+
+
+def test_a_bad_line_ends_nothing(chat_folder, tmp_path, capsys):
+    """It is named, the others are answered and carry their number and id, and the status says that some are missing."""
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    chat = {"id": "a", "messages": [{"role": "system", "content": "9"}, {"role": "user", "content": "1+1"}]}
+    lines = [json.dumps(chat), *BAD_LINES, "", '{"prompt_ids": [3, 4]}']
+    source.write_bytes("\n".join(lines).encode() + b"\n\xff")
+    line = ["generate", f"--model={chat_folder}", f"--input={source}", f"--output={output}", "--decoder=cdlm"]
+    assert main(line) == 1
+    *errors, closing = capsys.readouterr().err.splitlines()
+    for number, (error, message) in enumerate(zip(errors, BAD_LINES.values(), strict=False), 2):
+        assert error.startswith(f"cdlm generate: {source} line {number}: ") and message in error
+    assert len(errors) == len(BAD_LINES) + 1 and "line 15: not JSON" in errors[-1]
+    assert closing == "cdlm generate: 12 of 14 lines were not answered"
+
+    first, *refused, second, last = read_rows(output)
+    assert (first["line"], first["id"], first["prompt"]) == (1, "a", "1+1")
+    assert first["prompt_ids"] == tiny_folder().tokenizer.encode("91+1=")
+    assert (second["line"], second["prompt_ids"], last["line"]) == (14, [3, 4], 15)
+    assert [row.keys() for row in (*refused, last)] == [{"line", "error"}] * 12
+
+    assert main([*line, "--strict"]) == 2
+    assert f"{source} line 2: not JSON" in capsys.readouterr().err
+
+
+def test_a_system_message(chat_folder, teacher, capsys):
+    reader = prompts.Reader(ModelFolder.load(chat_folder).tokenizer, system="7")
+    own = [{"role": "system", "content": "9"}, {"role": "user", "content": "1"}]
+    tokens = [reader.text("1"), reader.messages(own[1:]), reader.messages(own)]
+    assert [case.ids for case in tokens] == [reader.tokenizer.encode(text) for text in ("71=", "71=", "91=")]
+    assert main(["generate", f"--model={teacher}", "--prompt=1", "--system=2"]) == 2
+    assert "--system needs a chat template" in capsys.readouterr().err

@@ -122,6 +122,8 @@ def _case(reader: Reader, row: dict[str, Any]) -> Case:
     match {name: value for name, value in row.items() if name != "id"}:
         case {"prompt_ids": [*ids], **more} if all(type(i) is int for i in ids) and not more:
             return Case(ids)
+        case {"prompt": "", **more} if not more:  # a chat template would make something of it
+            raise InputError("the prompt is empty")
         case {"prompt": str(text), **more} if not more:
             return reader.text(text)
         case {"messages": messages, **more} if not more:
