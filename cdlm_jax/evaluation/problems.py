@@ -67,7 +67,7 @@ def _benchmark_cases(
     template = tokenizer.apply_chat_template if chat and tokenizer.chat_template is not None else None
     return [
         Case(
-            ids=tokenizer.encode(benchmark.text(problem, template)),
+            ids=tokenizer.encode(benchmark.text(problem, template, tokenizer.quote)),
             text=problem.prompt,
             check=partial(check, problem),
             group=name,

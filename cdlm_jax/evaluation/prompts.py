@@ -5,6 +5,7 @@ from pathlib import Path
 
 from cdlm_jax.config import InputError
 from cdlm_jax.evaluation.harness import Case, heldout_problems, problem_cases
+from cdlm_jax.files import MAX_DATA, read_text
 from cdlm_jax.models.model_folder import ModelFolder
 from cdlm_jax.text.tokenizers import Tokenizer
 
@@ -16,7 +17,7 @@ def text_case(tokenizer: Tokenizer | None, text: str, *, chat: bool) -> Case:
     if tokenizer is None:
         raise InputError(NO_TOKENIZER)
     wrap = chat and tokenizer.chat_template is not None
-    rendered = tokenizer.apply_chat_template([{"role": "user", "content": text}]) if wrap else text
+    rendered = tokenizer.apply_chat_template([{"role": "user", "content": text}]) if wrap else tokenizer.quote(text)
     return Case(tokenizer.encode(rendered), text)
 
 
@@ -29,12 +30,8 @@ def task_cases(folder: ModelFolder, name: str, count: int) -> list[Case]:
 
 def file_cases(tokenizer: Tokenizer | None, path: Path, *, chat: bool) -> list[Case]:
     """JSON lines, each {"prompt": text} or {"prompt_ids": [token ids]}."""
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read {path}: {error}") from error
     cases = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_text(path, MAX_DATA).split("\n"), 1):
         if not line.strip():
             continue
         try:

@@ -10,6 +10,7 @@ import numpy as np
 
 from cdlm_jax import tasks
 from cdlm_jax.config import InputError
+from cdlm_jax.files import MAX_DATA, read_text
 from cdlm_jax.text.tokenizers import Tokenizer
 
 
@@ -70,10 +71,7 @@ class PromptFile:
     """
 
     def __init__(self, path: str | Path, tokenizer: Tokenizer, prompt_length: int, seed: int):
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"cannot read the prompts of {path}: {error}") from error
+        text = read_text(path, MAX_DATA)
         lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
         everything = [_templated(_parsed(line, f"{path}, line {number}"), tokenizer) for number, line in lines]
         self._problems = [one for one in everything if 1 <= len(tokenizer.encode(one.prompt)) <= prompt_length]
@@ -92,7 +90,7 @@ class PromptFile:
 def _parsed(line: str, place: str) -> tasks.Problem:
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{place}: not JSON ({error})") from error
     texts = (row.get("prompt", row.get("question")), row.get("answer")) if isinstance(row, dict) else ()
     if len(texts) != 2 or not all(isinstance(text, str) and text for text in texts):
@@ -101,8 +99,9 @@ def _parsed(line: str, place: str) -> tasks.Problem:
 
 
 def _templated(problem: tasks.Problem, tokenizer: Tokenizer) -> tasks.Problem:
+    """As `Tokenizer.encode` takes it: what the file spells is text, what the template adds is special."""
     if tokenizer.chat_template is None:
-        return problem
+        return tasks.Problem(tokenizer.quote(problem.prompt), tokenizer.quote(problem.answer))
     turns = [{"role": "user", "content": problem.prompt}, {"role": "assistant", "content": problem.answer}]
     prompt = tokenizer.apply_chat_template(turns[:1])
     both = tokenizer.apply_chat_template(turns, add_generation_prompt=False)

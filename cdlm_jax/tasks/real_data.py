@@ -10,6 +10,7 @@ from pathlib import Path
 
 from cdlm_jax import tasks
 from cdlm_jax.config import InputError
+from cdlm_jax.files import MAX_DATA, read_text
 from cdlm_jax.tasks.base import Problem, Task
 
 _SUDOKU = re.compile(r"[0-9]{4}(\n[0-9]{4}){3}")
@@ -23,12 +24,8 @@ def load(path: str | Path) -> tuple[Task, list[Problem]]:
     row, or whose answer is wrong.
     """
     path = Path(path)
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read {path}: {error}") from error
     name, problems = None, []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_text(path, MAX_DATA).splitlines(), 1):
         if not line.strip():
             continue
         try:
