@@ -82,10 +82,11 @@ def open_folder(folder: Path, stack: contextlib.ExitStack) -> dict[str, Stored]:
     weight_map = read_json(index_path).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise InputError(f"{index_path}: weight_map must map tensor names to file names")
+    present = {path.name for path in folder.iterdir()}
     for name, file in weight_map.items():
-        if Path(file).name != file or not (folder / file).exists():
+        if file not in present:
             raise InputError(
-                f"{index_path}: tensor {name} is said to be in {file!r}, which is not a file of this folder"
+                f"{index_path}: tensor {name} is said to be in {file!r:.80}, which is not a file of this folder"
             )
     stored = _open_files([folder / file for file in sorted(set(weight_map.values()))], stack)
     for name, file in weight_map.items():
