@@ -53,7 +53,7 @@ CASES = {
         ["--coordinator", "host:port", "'localhost'"],
     ),
     "no cluster": (f"{COLLECT} --distributed", ["cannot join the cluster that the environment describes"]),
-    "no prompts": ("collect --config=no_prompts.py", ["cannot read the prompts of nowhere.jsonl"]),
+    "no prompts": ("collect --config=no_prompts.py", ["cannot read nowhere.jsonl"]),
     "a line that is no prompt": ("collect --config=bad_prompts.py", ["prompts.jsonl, line 2", '{"prompt": text']),
     "fewer prompts than asked for": ("collect --config=few_prompts.py", ["num_prompts is 10", "1 of its 1 prompts"]),
     "two sources of prompts": ("collect --config=two_sources.py", ["config.tasks or config.prompts"]),

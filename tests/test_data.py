@@ -257,5 +257,5 @@ def test_messages_that_are_no_chat(tmp_path, messages, message):
 def test_lines_that_are_no_prompts(tmp_path, line, message):
     with pytest.raises(InputError, match=message):
         prompt_file(tmp_path, {"prompt": "a", "answer": "b"}, line)
-    with pytest.raises(InputError, match="cannot read the prompts of "):
+    with pytest.raises(InputError, match="cannot read "):
         PromptFile(tmp_path / "nowhere", LETTERS, 4, seed=0)

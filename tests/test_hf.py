@@ -226,12 +226,12 @@ def test_missing_keys_are_named(tmp_path, family, key):
 
 
 def test_unreadable_configs(tmp_path):
-    with pytest.raises(InputError, match=r"config.json: cannot be read \(No such file"):
+    with pytest.raises(InputError, match=r"cannot read .*config.json: No such file"):
         read_config(tmp_path)
     for text, message in (
         ("{", "not valid JSON"),
         ("[1]", "must hold a JSON object, got list"),
-        ("\udcff", "not valid JSON"),
+        ("\udcff", "not UTF-8 text"),
     ):
         (tmp_path / "config.json").write_bytes(text.encode("utf-8", "surrogateescape"))
         with pytest.raises(InputError, match=message):

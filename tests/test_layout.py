@@ -34,7 +34,7 @@ FLOORS = [
     {"kernels"},
     {"tasks"},
     {"text", "mesh"},
-    {"visibility", "config"},
+    {"visibility", "config", "files"},
 ]
 FLOOR = {name: len(FLOORS) - number for number, floor in enumerate(FLOORS) for name in floor}
 MAX_LINES = 400

@@ -131,7 +131,7 @@ class CDLM(TemplateLM):
         rendered = self.tokenizer.apply_chat_template(chat_history, add_generation_prompt)
         if add_generation_prompt:
             return rendered
-        content = chat_history[-1]["content"]
+        content = self.tokenizer.quote(chat_history[-1]["content"])
         for begun in (content, content.strip()):  # templates may strip contents
             if begun in rendered:
                 return rendered[: rendered.rindex(begun) + len(begun)]

@@ -76,10 +76,10 @@ def _benchmark_cases(
     if isinstance(benchmark, CodeBenchmark) and not allow_code_execution:
         raise InputError(f"{name} runs programs that the model writes; --allow_code_execution allows it, in a sandbox")
     score = partial(code_sandbox.score, benchmark) if isinstance(benchmark, CodeBenchmark) else benchmark.score
-    template = reader.rendered if reader.has_template else None
+    tokenizer, template = reader.known, reader.rendered if reader.has_template else None
     return [
         Case(
-            ids=reader.known.encode(benchmark.text(problem, template)),
+            ids=tokenizer.encode(benchmark.text(problem, template, tokenizer.quote)),
             text=problem.prompt,
             check=partial(score, problem),
             extract=partial(benchmark.extract, problem),

@@ -10,6 +10,7 @@ from cdlm_jax.config import InputError, ModelConfig
 from cdlm_jax.decoding.common import check_ids
 from cdlm_jax.evaluation.answers import Item, Refused
 from cdlm_jax.evaluation.harness import Case, heldout_problems, problem_cases
+from cdlm_jax.files import MAX_DATA, read_bytes
 from cdlm_jax.models.model_folder import ModelFolder
 from cdlm_jax.text.chat import Messages, checked, with_system
 from cdlm_jax.text.tokenizers import Tokenizer
@@ -48,7 +49,7 @@ class Reader:
 
     def text(self, text: str) -> Case:
         """A user's message."""
-        wrapped = self.rendered([{"role": "user", "content": text}]) if self.has_template else text
+        wrapped = self.rendered([{"role": "user", "content": text}]) if self.has_template else self.known.quote(text)
         return Case(self.known.encode(wrapped), text)
 
     def messages(self, messages: Any) -> Case:
@@ -76,10 +77,7 @@ def file_items(reader: Reader, model: ModelConfig, path: Path, gen_length: int) 
     A line that cannot be answered (`gen_length` tokens included) becomes Refused, which says why. InputError: the file
     cannot be read, or has nothing but blank lines.
     """
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error}") from error
+    lines = read_bytes(path, MAX_DATA).split(b"\n")
     items = [_item(reader, model, line, number, gen_length) for number, line in enumerate(lines, 1) if line.strip()]
     if not items:
         raise InputError(f"{path} holds no prompts")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from cdlm_jax.config import InputError, ModelConfig
+from cdlm_jax.files import read_text
 
 _KINDS: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(ModelConfig)}
 _TOKEN_IDS = ("mask_token_id", "eos_token_id", "pad_token_id")
@@ -110,10 +111,11 @@ def read_config(folder: str | Path) -> ModelConfig:
     setting that the Transformer cannot express. Keys it does not know are kept in `source` and otherwise left alone.
     """
     path, generation_path = Path(folder) / "config.json", Path(folder) / "generation_config.json"
-    raw = read_json(path)
+    source = read_text(path)
+    raw = _json_object(source, path)
     generation = read_json(generation_path) if generation_path.exists() else {}
     found = {key: generation.get(key) for key in _TOKEN_IDS if raw.get(key) is None}
-    return dataclasses.replace(parse_config(raw | found, str(path)), source=path.read_text(encoding="utf-8"))
+    return dataclasses.replace(parse_config(raw | found, str(path)), source=source)
 
 
 def read_metadata(folder: str | Path) -> dict[str, Any]:
@@ -127,10 +129,12 @@ def read_metadata(folder: str | Path) -> dict[str, Any]:
 
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file; anything else is an InputError."""
+    return _json_object(read_text(path), path)
+
+
+def _json_object(text: str, path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(value, dict):

@@ -19,6 +19,7 @@ from jax.sharding import Sharding
 from safetensors import SafetensorError, safe_open
 
 from cdlm_jax.config import InputError
+from cdlm_jax.files import check_regular
 from cdlm_jax.models.hf_config import read_json
 
 STORED_DTYPES = {"F32": jnp.dtype("float32"), "BF16": jnp.dtype("bfloat16")}
@@ -81,10 +82,11 @@ def open_folder(folder: Path, stack: contextlib.ExitStack) -> dict[str, Stored]:
     weight_map = read_json(index_path).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise InputError(f"{index_path}: weight_map must map tensor names to file names")
+    present = {path.name for path in folder.iterdir()}
     for name, file in weight_map.items():
-        if Path(file).name != file or not (folder / file).is_file():
+        if file not in present:
             raise InputError(
-                f"{index_path}: tensor {name} is said to be in {file!r}, which is not a file of this folder"
+                f"{index_path}: tensor {name} is said to be in {file!r:.80}, which is not a file of this folder"
             )
     stored = _open_files([folder / file for file in sorted(set(weight_map.values()))], stack)
     for name, file in weight_map.items():
@@ -99,6 +101,7 @@ def open_folder(folder: Path, stack: contextlib.ExitStack) -> dict[str, Stored]:
 def _open_files(paths: Iterable[Path], stack: contextlib.ExitStack) -> dict[str, Stored]:
     stored: dict[str, Stored] = {}
     for path in paths:
+        check_regular(path)
         try:
             file = stack.enter_context(safe_open(path, "numpy"))
         except (SafetensorError, OSError) as error:

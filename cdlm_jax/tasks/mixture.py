@@ -10,6 +10,7 @@ import numpy as np
 
 from cdlm_jax import tasks
 from cdlm_jax.config import InputError
+from cdlm_jax.files import MAX_DATA, read_text
 from cdlm_jax.text import chat
 from cdlm_jax.text.tokenizers import Tokenizer
 
@@ -77,10 +78,7 @@ class PromptFile:
     """
 
     def __init__(self, path: str | Path, tokenizer: Tokenizer, prompt_length: int, seed: int):
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"cannot read the prompts of {path}: {error}") from error
+        text = read_text(path, MAX_DATA)
         lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
         everything = [_problem(line, f"{path}, line {number}", tokenizer) for number, line in lines]
         self._problems = [one for one in everything if 1 <= len(tokenizer.encode(one.prompt)) <= prompt_length]
@@ -109,7 +107,7 @@ def _problem(line: str, place: str, tokenizer: Tokenizer) -> tasks.Problem:
         expected = '{"prompt": text, "answer": text} or {"messages": [...]}'
         raise InputError(f"{place}: expected {expected}, got {line[:80]!r}")
     if tokenizer.chat_template is None:
-        return tasks.Problem(prompt, answer)
+        return tasks.Problem(tokenizer.quote(prompt), tokenizer.quote(answer))
     return _templated([{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}], tokenizer)
 
 
@@ -123,7 +121,8 @@ def _of_chat(row: dict, place: str, tokenizer: Tokenizer) -> tasks.Problem:
 
 
 def _templated(turns: chat.Messages, tokenizer: Tokenizer) -> tasks.Problem:
-    """The last turn as the answer to those before it."""
+    """The last turn as the answer to those before it, as `Tokenizer.encode` takes both: what the file spells is text,
+    what the template adds is special."""
     prompt = tokenizer.apply_chat_template(turns[:-1])
     both = tokenizer.apply_chat_template(turns, add_generation_prompt=False)
     if both == tokenizer.apply_chat_template(turns):  # it opens the next turn whether asked to or not

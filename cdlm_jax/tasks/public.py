@@ -4,7 +4,9 @@ Unlike a `Task` of `base.py` it makes no problems of its own. Its attributes say
 """
 
 import gzip
+import io
 import json
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +14,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from cdlm_jax.config import InputError
+from cdlm_jax.files import MAX_DATA, read_bytes
 from cdlm_jax.tasks.base import Problem
 from cdlm_jax.text.chat import Messages
 
@@ -81,11 +84,17 @@ class Benchmark(ABC, Generic[P]):
         shots = [f"{question} {answer}" for question, answer in self.examples()]
         return "\n\n".join([*shots, self.question(problem)])
 
-    def text(self, problem: P, chat_template: Callable[[Messages], str] | None = None) -> str:
-        """What the model reads. chat_template: `Tokenizer.apply_chat_template`, for a model that has one."""
+    def text(
+        self,
+        problem: P,
+        chat_template: Callable[[Messages], str] | None = None,
+        quote: Callable[[str], str] = str,
+    ) -> str:
+        """What the model reads. chat_template: `Tokenizer.apply_chat_template`, for a model that has one; quote:
+        `Tokenizer.quote`, for what no template writes."""
         if chat_template is None:
-            return self.prompt(problem)
-        return chat_template(self.messages(problem)) + self.prefill(problem)
+            return quote(self.prompt(problem))
+        return chat_template(self.messages(problem)) + quote(self.prefill(problem))
 
 
 class ScoredBenchmark(Benchmark[Problem]):
@@ -115,10 +124,10 @@ def cut(text: str, stop: Sequence[str]) -> str:
 def read_rows(path: str | Path) -> list[tuple[str, Mapping[str, Any]]]:
     """(place for messages, object) of a .json list or .jsonl file, also gzipped. InputError names what is broken."""
     path = Path(path)
+    data = read_bytes(path, MAX_DATA)
     try:
-        data = path.read_bytes()
-        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode()
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+        text = (_unzipped(data) if path.suffix == ".gz" else data).decode()
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise InputError(f"cannot read {path}: {error}") from error
     if text.lstrip().startswith("["):
         rows = [(f"{path}, entry {number}", row) for number, row in enumerate(_parse(text, str(path)), 1)]
@@ -131,6 +140,14 @@ def read_rows(path: str | Path) -> list[tuple[str, Mapping[str, Any]]]:
     if not rows:
         raise InputError(f"{path} holds no problems")
     return rows
+
+
+def _unzipped(data: bytes) -> bytes:
+    with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
+        content = file.read(MAX_DATA + 1)
+    if len(content) > MAX_DATA:
+        raise OSError(f"unpacked it has more than {MAX_DATA:,} bytes")
+    return content
 
 
 def _parse(text: str, place: str) -> Any:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from cdlm_jax import tasks
 from cdlm_jax.config import InputError
+from cdlm_jax.files import MAX_DATA, read_text
 from cdlm_jax.tasks.base import Problem, Puzzle
 from cdlm_jax.tasks.countdown import Countdown
 
@@ -25,12 +26,8 @@ def load(path: str | Path) -> tuple[Puzzle, list[Problem]]:
     row, or whose answer is wrong.
     """
     path = Path(path)
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read {path}: {error}") from error
     puzzle, problems = None, []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_text(path, MAX_DATA).splitlines(), 1):
         if not line.strip():
             continue
         try:

@@ -1,27 +1,25 @@
 """Text to token ids and back: one `Tokenizer`, read from a Hugging Face model folder or made of single characters.
 
 The work is done by the `tokenizers` library; this file knows where a model folder keeps its parts (also the old
-`vocab.json` + `merges.txt` pair, which is what Dream ships) and renders chat templates in a sandbox. Nothing from a
-folder is executed: a custom `tokenization_*.py` is not even opened.
+`vocab.json` + `merges.txt` pair, which is what Dream ships). Nothing from a folder is executed here: a custom
+`tokenization_*.py` is not even opened, and chat templates run in a process of their own.
 """
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
-from functools import lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import tokenizers
-from jinja2 import Template
-from jinja2.exceptions import SecurityError, TemplateError
-from jinja2.ext import loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
 from cdlm_jax.config import InputError
+from cdlm_jax.files import read_text
+from cdlm_jax.text.chat_template import render
 
 TOKENIZER, VOCAB, MERGES = "tokenizer.json", "vocab.json", "merges.txt"
 CONFIG, SPECIAL_MAP, ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
@@ -37,7 +35,7 @@ QWEN2_PIECES = (
 )
 
 MAX_IDS = 1 << 32  # the library's ids are unsigned 32-bit integers
-MAX_RENDERED = 1 << 22  # characters that a chat template may produce
+QUOTE = "\ufdd0"  # the next character begins no special token; Unicode keeps this one for a program's own use
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +70,7 @@ class Tokenizer:
         config = _read_object(folder / CONFIG)
         named = _read_object(folder / SPECIAL_MAP) | config
         roles = {role: _content(named[role], folder, role) for role in ROLES if named.get(role) is not None}
-        if (folder / TOKENIZER).is_file():
+        if (folder / TOKENIZER).exists():
             backend = _parse_tokenizer(folder / TOKENIZER)
         else:
             others = named.get("additional_special_tokens") or []
@@ -115,25 +113,58 @@ class Tokenizer:
         return max(self.backend.get_vocab().values()) + 1
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`; nothing is added around it. A special token written out in the text becomes its id.
+        """Token ids of `text`; nothing is added around it. A special token written out in the text becomes its id,
+        except where it is quoted: what a user wrote goes through `quote` first.
 
         Raises InputError for a character outside a character tokenizer's alphabet.
         """
-        try:
-            return self.backend.encode(text, add_special_tokens=False).ids
-        except Exception as error:  # the library raises bare Exceptions, and TypeError for what is not Unicode text
-            raise InputError(self._why_not_encodable(text, error)) from error
+        if isinstance(text, str) and QUOTE in text:
+            return self._encode_quoted(text)
+        return _encode(self.backend, text).ids
 
-    def _why_not_encodable(self, text: str, error: Exception) -> str:
-        if not isinstance(text, str) or not isinstance(self.backend.model, models.WordLevel):
-            return f"cannot tokenize {text!r:.80}: {error}"
-        rest = text
-        for token in self.backend.get_added_tokens_decoder().values():
-            rest = rest.replace(token.content, "")
-        vocabulary = self.backend.get_vocab(with_added_tokens=False)
-        unknown = "".join(sorted(set(rest) - vocabulary.keys()))
-        allowed = "".join(sorted(vocabulary, key=vocabulary.__getitem__))
-        return f"cannot tokenize {text!r:.80}: not in the alphabet: {unknown!r}; allowed: {allowed!r}"
+    def quote(self, text: str) -> str:
+        """`text` for `encode`, to be read as text: a special token spelled in it is none. `QUOTE` is put before each
+        place where one begins; most texts stay as they are."""
+        return self._special_start.sub(lambda start: QUOTE + start[0], text)
+
+    def _encode_quoted(self, text: str) -> list[int]:
+        """What lies between the special tokens is encoded as one text, by a tokenizer that knows none.
+
+        The pieces between quoted characters are shown to the ordinary tokenizer, which alone knows how it finds special
+        tokens (some take the spaces around them along).
+        """
+        ids: list[int] = []
+        plain = ""
+        for number, piece in enumerate(re.split(f"{QUOTE}(.?)", text, flags=re.DOTALL)):
+            end = 0
+            if number % 2 == 0:
+                found = _encode(self.backend, piece, whole=text)
+                for token_id, (start, stop) in zip(found.ids, found.offsets, strict=True):
+                    if token_id in self._special_ids:
+                        ids += [*_encode(self._without_specials, plain + piece[end:start], whole=text).ids, token_id]
+                        plain, end = "", stop
+            plain += piece[end:]
+        return ids + _encode(self._without_specials, plain, whole=text).ids
+
+    @cached_property
+    def _special_ids(self) -> dict[int, str]:
+        """The added tokens that are flagged special or have a role, by id."""
+        added = self.backend.get_added_tokens_decoder().items()
+        roles = set(self.special_tokens.values())
+        return {i: token.content for i, token in added if token.special or token.content in roles}
+
+    @cached_property
+    def _special_start(self) -> re.Pattern:
+        """The first character of every special token that a text spells, also of those that overlap; and QUOTE."""
+        return re.compile(f"(?={'|'.join(map(re.escape, (QUOTE, *self._special_ids.values())))}).", re.DOTALL)
+
+    @cached_property
+    def _without_specials(self) -> tokenizers.Tokenizer:
+        """The same tokenizer, which reads special tokens as any other text."""
+        backend = tokenizers.Tokenizer.from_str(self.backend.to_str())
+        backend.add_special_tokens(list(self._special_ids.values()))  # those that only have a role are special too
+        backend.encode_special_tokens = True
+        return backend
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """Text of `ids`. Bytes that are not UTF-8 become U+FFFD; an id that names no token becomes nothing.
@@ -166,10 +197,8 @@ class Tokenizer:
     def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
         """Renders `messages` ({"role": ..., "content": ...} each) as the model's prompt text, ready for `encode`.
 
-        The template runs in Jinja's immutable sandbox, with what Hugging Face's templates expect (see `_compile`).
-        Bounded: the output (`MAX_RENDERED` characters), each `range` (100,000, by Jinja), sequence repetition; `**` is
-        refused. Not bounded: the time of nested loops that print nothing, and the memory of one expression (such as a
-        padding width in a format string). Rendering is in-process, so a template from a stranger can still hang it.
+        Special tokens of the template are special; those that a message spells are quoted (see `quote`). The template
+        runs in a process of its own, in Jinja's immutable sandbox, with bounds on time, output and memory.
 
         Raises InputError if there is no template, a message is malformed, or the template is refused or fails.
         """
@@ -179,30 +208,56 @@ class Tokenizer:
             if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
                 raise InputError(f"a chat message needs the keys 'role' and 'content', got {message!r:.80}")
         # As Hugging Face does: absent tools and documents are None, which templates tell from undefined.
-        variables = {"messages": messages, "add_generation_prompt": add_generation_prompt}
-        variables |= {"tools": None, "documents": None} | dict(self.special_tokens)
-        try:
-            return _bounded_join(_compile(self.chat_template).generate(variables))
-        except SecurityError as error:
-            raise InputError(f"the chat template is refused: {_one_line(error)}") from error
-        except Exception as error:  # a template can raise anything Python can
-            raise InputError(f"the chat template failed: {type(error).__name__}: {_one_line(error)}") from error
+        variables = {"messages": self._quoted(messages), "add_generation_prompt": add_generation_prompt}
+        return render(self.chat_template, variables | {"tools": None, "documents": None} | dict(self.special_tokens))
+
+    def _quoted(self, value: Any) -> Any:
+        """Messages with every text in them quoted."""
+        if isinstance(value, str):
+            return self.quote(value)
+        if isinstance(value, Mapping):
+            return {key: self._quoted(item) for key, item in value.items()}
+        return [self._quoted(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def has_tokenizer(path: str | Path) -> bool:
     """Whether the folder has `tokenizer.json`, or both `vocab.json` and `merges.txt`."""
     folder = Path(path)
-    return (folder / TOKENIZER).is_file() or all((folder / name).is_file() for name in (VOCAB, MERGES))
+    return (folder / TOKENIZER).exists() or all((folder / name).exists() for name in (VOCAB, MERGES))
+
+
+# Encoding
+
+
+def unquoted(text: str) -> str:
+    """What was given to `Tokenizer.quote`."""
+    return re.sub(f"{QUOTE}(.?)", r"\1", text, flags=re.DOTALL)
+
+
+def _encode(backend: tokenizers.Tokenizer, text: str, whole: str | None = None) -> tokenizers.Encoding:
+    """`whole`: the quoted text that `text` is a piece of, for messages."""
+    try:
+        return backend.encode(text, add_special_tokens=False)
+    except Exception as error:  # the library raises bare Exceptions, and TypeError for what is not Unicode text
+        raise InputError(_why_not_encodable(backend, text, whole, error)) from error
+
+
+def _why_not_encodable(backend: tokenizers.Tokenizer, text: str, whole: str | None, error: Exception) -> str:
+    shown = f"cannot tokenize {text if whole is None else unquoted(whole)!r:.80}"
+    if not isinstance(text, str) or not isinstance(backend.model, models.WordLevel):
+        return f"{shown}: {error}"
+    rest = text
+    if not backend.encode_special_tokens:
+        for token in backend.get_added_tokens_decoder().values():
+            rest = rest.replace(token.content, "")
+    vocabulary = backend.get_vocab(with_added_tokens=False)
+    unknown = "".join(sorted(set(rest) - vocabulary.keys()))
+    allowed = "".join(sorted(vocabulary, key=vocabulary.__getitem__))
+    note = "" if whole is None else " (a special token in a prompt is read as text)"
+    return f"{shown}: not in the alphabet: {unknown!r}; allowed: {allowed!r}{note}"
 
 
 # Reading a folder
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read {path}: {error}") from error
 
 
 def _read_object(path: Path) -> dict[str, Any]:
@@ -210,8 +265,8 @@ def _read_object(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        value = json.loads(_read_text(path))
-    except (json.JSONDecodeError, RecursionError) as error:
+        value = json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise InputError(f"{path} must hold a JSON object, got {type(value).__name__}")
@@ -219,7 +274,7 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 
 def _parse_tokenizer(path: Path) -> tokenizers.Tokenizer:
-    text = _read_text(path)
+    text = read_text(path)
     try:
         backend = tokenizers.Tokenizer.from_str(text)
     except BaseException as error:
@@ -273,7 +328,7 @@ def _byte_level_bpe(folder: Path, config: Mapping[str, Any], specials: Sequence[
 def _read_merges(path: Path, vocabulary: Mapping[str, int]) -> list[tuple[str, str]]:
     """Pairs in order of priority. An optional first line `#version: ...` and blank lines do not count."""
     merges = []
-    for number, line in enumerate(_read_text(path).split("\n"), start=1):
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
         parts = line.split()
         if not parts or (number == 1 and line.startswith("#version")):
             continue
@@ -308,8 +363,8 @@ def _content(token: Any, folder: Path, role: str) -> str:
 
 
 def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
-    if (folder / TEMPLATE).is_file():
-        return _read_text(folder / TEMPLATE)
+    if (folder / TEMPLATE).exists():
+        return read_text(folder / TEMPLATE)
     template = config.get("chat_template")
     if isinstance(template, list):
         try:
@@ -322,57 +377,6 @@ def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
     if template is not None and not isinstance(template, str):
         raise InputError(f"{folder / CONFIG}: chat_template must be a string or a list, got {type(template).__name__}")
     return template
-
-
-# Rendering a chat template
-
-
-class _Sandbox(ImmutableSandboxedEnvironment):
-    """Jinja's immutable sandbox, strict: an unsafe attribute fails at once, and no operator makes huge values."""
-
-    intercepted_binops = frozenset({"*", "**"})
-
-    def unsafe_undefined(self, obj: Any, attribute: str) -> Any:
-        raise SecurityError(f"access to attribute {attribute!r} of {type(obj).__name__!r}")
-
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        sequence, count = (left, right) if hasattr(left, "__len__") else (right, left)
-        if operator == "**" or (hasattr(sequence, "__len__") and len(sequence) * count > MAX_RENDERED):
-            raise SecurityError(f"operator {operator!r} with a result without bound")
-        return super().call_binop(context, operator, left, right)
-
-
-@lru_cache(maxsize=8)
-def _compile(source: str) -> Template:
-    """The environment that Hugging Face's chat templates are written for (transformers `apply_chat_template`)."""
-    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
-    return environment.from_string(source)
-
-
-def _to_json(value: Any, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
-    """Unlike Jinja's own filter, without HTML escapes."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _raise_exception(message: str) -> None:
-    raise TemplateError(message)
-
-
-def _strftime_now(layout: str) -> str:
-    return datetime.now().strftime(layout)
-
-
-def _bounded_join(pieces: Iterable[str]) -> str:
-    kept, size = [], 0
-    for piece in pieces:
-        size += len(piece)
-        if size > MAX_RENDERED:
-            raise SecurityError(f"it produces more than {MAX_RENDERED} characters")
-        kept.append(piece)
-    return "".join(kept)
 
 
 def _one_line(error: BaseException) -> str:

@@ -7,6 +7,7 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from cdlm_jax.config import InputError, difference
+from cdlm_jax.files import check_tree
 from cdlm_jax.training.step import TrainState
 
 
@@ -16,10 +17,12 @@ class Checkpoints:
     `settings` is whatever must be equal for a continuation to make sense (JSON-able); a folder of another run is
     refused by the names of the fields that differ. The last `keep` are kept, and those whose step is a multiple of
     `keep_every` (0: no others). In a cluster every process calls every method, with its own pieces of the same arrays.
+    InputError if the folder holds what is no regular file: Orbax would wait for a pipe.
     """
 
     def __init__(self, folder: Path, settings: dict, *, keep: int = 2, keep_every: int = 0):
         self._settings = json.loads(json.dumps(settings))  # as they will be read back: tuples become lists
+        check_tree(folder)
         policies = ocp.training.preservation_policies
         kept = [policies.LatestN(keep), *([policies.EveryNSteps(keep_every)] if keep_every else [])]
         self._checkpointer = ocp.training.Checkpointer(

@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+from cdlm_jax.files import MAX_DATA, read_text
 from cdlm_jax.mesh.distributed import is_main
 from cdlm_jax.training.throughput import Throughput
 
@@ -22,7 +23,7 @@ class MetricsLog:
         self._writes = is_main()
         self._board = _board(folder / "tensorboard", start) if self._writes else None
         if self._writes and self._path.exists():
-            lines = self._path.read_text().splitlines(keepends=True)
+            lines = read_text(self._path, MAX_DATA).splitlines(keepends=True)
             kept = self._path.with_suffix(".partial")
             kept.write_text("".join(line for line in lines if _before(line, start)))
             kept.replace(self._path)

@@ -35,6 +35,7 @@ import ml_dtypes
 import numpy as np
 
 from cdlm_jax.config import InputError, LogitAlignment
+from cdlm_jax.files import check_tree, read_text
 
 SETTINGS = "store.json"
 INDEX = (
@@ -109,10 +110,12 @@ def load_metadata(folder: str | os.PathLike) -> Metadata:
     """Settings of the store in `folder`. InputError: there is none, or `store.json` is not what this version writes."""
     path = Path(folder) / SETTINGS
     try:
-        values = json.loads(path.read_text())
-    except OSError as error:
-        raise InputError(f"{folder} is not a trajectory store: cannot read {SETTINGS} ({error.strerror})") from error
-    except ValueError as error:
+        text = read_text(path)
+    except InputError as error:
+        raise InputError(f"{folder} is not a trajectory store: {error}") from error
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is damaged: not JSON text ({error})") from error
     names = {field.name for field in dataclasses.fields(Metadata)}
     if not isinstance(values, dict) or set(values) != names:
@@ -152,6 +155,7 @@ class Store:
         store = cls(Path(folder), metadata)
         try:
             store.folder.mkdir(parents=True, exist_ok=True)
+            check_tree(store.folder)
             _remove_dead_partials(store.folder)
             names = sorted(path.name for path in store.folder.iterdir())
         except OSError as error:
@@ -250,6 +254,7 @@ def read(folder: str | os.PathLike, **expect: Any) -> Trajectories:
     missing = Store(folder, metadata).missing_shards()
     if missing or not all((folder / name).exists() for name in INDEX):
         raise InputError(_unfinished(folder, metadata, missing))
+    check_tree(folder)
     for shard in range(metadata.num_shards):
         _check_whole(_shard_path(folder, metadata, shard), len(metadata.records(shard)))
     try:
