@@ -207,6 +207,17 @@ def test_prompts_in_a_chat_template(tmp_path, template, prompt, answer):
     assert problems.source != prompt_file(tmp_path, row).source  # the template belongs to what a store was made from
 
 
+@pytest.mark.parametrize("template", [None, "{% for m in messages %}{{ m.content }}<eos>{% endfor %}"])
+def test_special_tokens_that_a_prompt_file_spells_are_text(tmp_path, template):
+    tokenizer = dataclasses.replace(Tokenizer.characters("<mask>"), chat_template=template)
+    problem = prompt_file(tmp_path, {"prompt": "<mask>", "answer": "a<mask>"}, tokenizer=tokenizer, prompt_length=9)[0][
+        1
+    ]
+    end = [] if template is None else [tokenizer.token_to_id("<eos>")]
+    assert tokenizer.encode(problem.prompt) == [0, 1, 2, 3, 4, 5, *end]
+    assert tokenizer.encode(problem.answer) == [2, 0, 1, 2, 3, 4, 5, *end]
+
+
 def test_a_template_that_rewrites_prompts_is_refused(tmp_path):
     template = "{{ messages | length }}{% for message in messages %}{{ message.content }}{% endfor %}"
     tokenizer = dataclasses.replace(LETTERS, chat_template=template)

@@ -274,6 +274,14 @@ def test_tasks_never_use_the_chat_template(chat_folder):
     assert case.ids == tiny_folder().tokenizer.encode(case.text)
 
 
+@pytest.mark.parametrize("template", [None, "<eos>{{ messages[0]['content'] }}<eos>"])
+def test_a_prompt_that_spells_a_special_token_is_text(template):
+    tokenizer = dataclasses.replace(Tokenizer.characters("<mask>"), chat_template=template)
+    special = [] if template is None else [tokenizer.token_to_id("<eos>")]
+    case = prompts.text_case(tokenizer, "<mask>", chat=True)
+    assert (case.text, case.ids) == ("<mask>", [*special, 0, 1, 2, 3, 4, 5, *special])
+
+
 def test_lines_end_at_line_feeds_only(tmp_path):
     """JSON may hold other characters that Python counts as line ends (U+2028, U+0085 ...) as they are."""
     text = "a\u2028b\x85c"
