@@ -82,7 +82,7 @@ OPTIONS = {
 FROM_FILE = "generate --model=teacher --strict --input"
 FILES = {
     "no input": (f"{FROM_FILE}=nowhere.jsonl", ["cannot read nowhere.jsonl", "No such file"]),
-    "input is binary": (f"{FROM_FILE}=teacher/model.safetensors", ["cannot read teacher/model.safetensors"]),
+    "input is binary": (f"{FROM_FILE}=teacher/model.safetensors", ["teacher/model.safetensors line 1", "not JSON"]),
     "input is not JSON": (f"{FROM_FILE}=words.jsonl", ["words.jsonl line 2", "not JSON"]),
     "input of deep JSON": (f"{FROM_FILE}=deep.jsonl", ["deep.jsonl line 1", "not JSON"]),
     "wrong row": (f"{FROM_FILE}=rows.jsonl", ["rows.jsonl line 2", '{"prompt_ids": [integers]}', "[1, true]"]),

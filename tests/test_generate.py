@@ -329,7 +329,7 @@ BAD_LINES = {
     '{"prompt": "1", "prompt_ids": [1]}': "expected {",
     '{"prompt_ids": [1, true]}': "expected {",
     '{"prompt_ids": [4000]}': "token 4000",
-    '{"prompt_ids": [1]}': "mask token",
+    '{"prompt_ids": [50]}': "mask token",
     '{"prompt": "' + 500 * "1" + '"}': "exceeds the model's",
     '{"messages": [{"role": "assistant", "content": "1"}]}': "messages are of assistant; allowed: ",
 }
