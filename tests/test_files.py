@@ -8,10 +8,11 @@ import shutil
 import pytest
 from hostile import KINDS, put, time_limit
 from test_store import METADATA, write_missing
+from tiny import TINY
 
 from cdlm_jax import files, tasks
 from cdlm_jax.commands import parsing
-from cdlm_jax.commands.common import define_config
+from cdlm_jax.commands.configs import define_config
 from cdlm_jax.config import InputError
 from cdlm_jax.evaluation import prompts
 from cdlm_jax.files import check_regular, check_tree, read_bytes, read_text
@@ -26,7 +27,7 @@ LETTERS = Tokenizer.characters("ab")
 
 
 def command_line(path):
-    parsing.parse("collect", lambda values: define_config(values, "tiny.py"), [f"--config={path}"])
+    parsing.parse("collect", lambda values: define_config(values, "tiny"), [f"--config={path}"])
 
 
 # Whatever opens a file that a user names.
@@ -34,7 +35,7 @@ READERS = {
     "bytes": read_bytes,
     "text": read_text,
     "a library's file": check_regular,
-    "prompts to answer": lambda path: prompts.file_cases(LETTERS, path, chat=True),
+    "prompts to answer": lambda path: prompts.file_items(prompts.Reader(LETTERS), TINY, path, 1),
     "prompts to collect": lambda path: PromptFile(path, LETTERS, 8, seed=0),
     "puzzles": real_data.load,
     "a benchmark": public.read_rows,

@@ -6,6 +6,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from cdlm_jax.config import InputError
+from cdlm_jax.files import check_regular
 
 
 def define_config(values: flags.FlagValues, default: str) -> None:
@@ -25,7 +26,8 @@ def own() -> dict[str, Path]:
 def find(config: str) -> str:
     """`path:variant` of what --config says: a file, else `name` or `configs/name.py` of this project."""
     path, colon, variant = config.partition(":")
-    if Path(path).is_file():
+    if path and Path(path).exists() and not Path(path).is_dir():
+        check_regular(path)
         return config
     configs = own()
     name = Path(path).stem if Path(path) == Path("configs", f"{Path(path).stem}.py") else path

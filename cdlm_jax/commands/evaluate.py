@@ -56,7 +56,8 @@ def run(values: flags.FlagValues) -> None:
         settings = partial(answers.settings, folder, cases, options)
         with answer_file(values.output, len(cases), settings) as file:
             kept = answers.answer_kept(folder, cases, options, values.batch_size, file)
-            found = list(track(kept, "answers", len(cases)))
+            new = file is None or not file.complete
+            found = list(track(kept, "answers", len(cases)) if new else kept)
     terminal = console()
     say_where(file, len(cases), terminal)
     if is_main():

@@ -46,7 +46,7 @@ def run(values: flags.FlagValues) -> int:
         settings = partial(answers.settings, folder, items, options)
         with answer_file(values.output, len(items), settings) as file:
             found = answers.answer_kept(folder, items, options, values.batch_size, file)
-            if file is not None and not values.show_steps:
+            if file is not None and not file.complete and not values.show_steps:
                 found = track(found, "answers", len(items) - refused)
             for answer in found:
                 if values.show_steps:

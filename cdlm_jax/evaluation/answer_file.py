@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from cdlm_jax.config import InputError, difference
+from cdlm_jax.files import check_regular
 from cdlm_jax.mesh.distributed import agreed, is_main
 
 
@@ -70,6 +71,9 @@ class AnswerFile:
         try:
             if self.path.is_dir():
                 raise InputError(f"cannot write {self.path}: it is a folder")
+            for each in (self.path, self._partial, self._sidecar):
+                if each.exists():
+                    check_regular(each)
             if self.path.exists() and self.path.stat().st_size:
                 self._refuse_other(self.path, settings)
                 self._records, self.complete = _whole_lines(self.path.read_bytes())[0], True

@@ -6,7 +6,6 @@ Countdown: `15,44,79,50` (3 to 9 numbers, then the target) and `44-15=29,79-29=5
 
 import json
 import re
-from functools import cache
 from pathlib import Path
 
 from cdlm_jax import tasks
@@ -64,6 +63,5 @@ def _parse(line: str) -> tuple[Puzzle, Problem]:
     return puzzle, problem
 
 
-@cache
 def _countdown(numbers: int) -> Puzzle:
     return tasks.get("countdown3") if numbers == 3 else Countdown(numbers)
