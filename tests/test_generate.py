@@ -278,7 +278,7 @@ def test_tasks_never_use_the_chat_template(chat_folder):
 def test_a_prompt_that_spells_a_special_token_is_text(template):
     tokenizer = dataclasses.replace(Tokenizer.characters("<mask>"), chat_template=template)
     special = [] if template is None else [tokenizer.token_to_id("<eos>")]
-    case = prompts.text_case(tokenizer, "<mask>", chat=True)
+    case = prompts.Reader(tokenizer).text("<mask>")
     assert (case.text, case.ids) == ("<mask>", [*special, 0, 1, 2, 3, 4, 5, *special])
 
 
