@@ -69,6 +69,7 @@ shapes = st.fixed_dictionaries(
     }
 )
 few = examples(4, 12)
+TILES = [16, pytest.param(64, marks=pytest.mark.slow)]  # the vocabulary of `inputs` in several, or in one
 reference_confidence = jax.jit(reference.confidence, static_argnums=(2, 3))
 
 
@@ -175,21 +176,26 @@ def test_ties_go_to_the_lowest_id(tile):
     np.testing.assert_allclose(got.entropy[2], math.log(10), rtol=1e-6)
 
 
-@pytest.mark.parametrize("tile", [16, 64])
+@pytest.mark.parametrize("tile", TILES)
 def test_leading_dimensions_are_free(tile):
     teacher, student, _, head, targets, weights = inputs()
 
     def split(a):
         return a.reshape(3, 4, *a.shape[1:])
 
-    kl = linear_kl(split(teacher), split(student), head, split(weights), tile=tile)
-    np.testing.assert_allclose(kl, linear_kl(teacher, student, head, weights, tile=tile), rtol=1e-6)
-    nll = linear_nll(split(student), head, split(targets), split(weights), tile=tile)
-    np.testing.assert_allclose(nll, linear_nll(student, head, targets, weights, tile=tile), rtol=1e-6)
-    assert confidence(split(teacher), head, tile=tile).entropy.shape == (3, 4)
+    @jax.jit
+    def run(teacher, student, targets, weights):
+        kl = linear_kl(teacher, student, head, weights, tile=tile)
+        return kl, linear_nll(student, head, targets, weights, tile=tile), confidence(teacher, head, tile=tile).entropy
+
+    flat = teacher, student, targets, weights
+    kl, nll, entropy = run(*flat)
+    found = run(*map(split, flat))
+    np.testing.assert_allclose(found[:2], (kl, nll), rtol=1e-6)
+    np.testing.assert_allclose(found[2], split(entropy), rtol=1e-6)
 
 
-@pytest.mark.parametrize("tile", [16, 64])
+@pytest.mark.parametrize("tile", TILES)
 def test_rows_of_weight_zero_contribute_exactly_nothing(tile):
     teacher, student, _, head, targets, weights = inputs()
     weights[::3] = 0
@@ -219,9 +225,10 @@ def test_no_gradient_into_the_teacher_or_the_weights():
     def nll(weights):
         return linear_nll(student, head, targets, weights, tile=16)
 
-    for gradient in (*jax.grad(kl, (0, 1, 2))(teacher, teacher_head, weights), jax.grad(nll)(weights)):
+    gradients = jax.jit(lambda *given: (jax.grad(kl, (0, 1, 2))(*given), jax.grad(nll)(given[2])))
+    for gradient in jax.tree.leaves(gradients(teacher, teacher_head, weights)):
         assert not np.any(gradient)
-    shared = jax.grad(lambda head: linear_kl(teacher, student, head, weights, tile=16))(head)
+    shared = jax.jit(jax.grad(lambda head: linear_kl(teacher, student, head, weights, tile=16)))(head)
     np.testing.assert_allclose(shared, twin_kl(*wide(teacher, student, head, weights, head))[2], rtol=1e-5, atol=2e-5)
 
 
@@ -292,7 +299,7 @@ def test_memory_at_full_size(gradients):
         assert program.memory_analysis().temp_size_in_bytes < n * vocab * 4 / 20
 
 
-@pytest.mark.parametrize("tile", [16, 64])
+@pytest.mark.parametrize("tile", TILES)
 def test_chunks_of_rows_change_nothing(tile, monkeypatch):
     teacher, student, teacher_head, head, targets, weights = inputs(n=23)
 
