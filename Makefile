@@ -12,7 +12,7 @@ PYTHON_STAMP := $(VENV)/.python-$(shell $(PYTHON) -c 'import platform; print(pla
 PACKAGE_STAMP := $(VENV)/.installed
 TEST_STAMP := $(VENV)/.installed-test
 
-.PHONY: quickstart test test-slow lint format clean
+.PHONY: quickstart test test-slow mutations lint format clean
 
 quickstart: $(PACKAGE_STAMP)
 	$(BIN)/cdlm quickstart
@@ -21,7 +21,11 @@ test: $(TEST_STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 test-slow: $(TEST_STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow
+	CDLM_FULL=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m slow
+
+# Breaks a copy of the code in 30 places and says which of them the fast tests notice.
+mutations: $(TEST_STAMP)
+	$(BIN)/python tests/mutations.py
 
 lint: $(TEST_STAMP)
 	$(BIN)/ruff check .

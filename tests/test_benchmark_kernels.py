@@ -41,9 +41,12 @@ def block_step(dtype="bfloat16"):
     return *block_attention_cases.normal(q, k, k), jnp.asarray(ends)
 
 
+right = jax.jit(block_attention_cases.right)
+
+
 def is_right(call, prepare, dtype="bfloat16") -> bool:
     arguments = block_step(dtype)
-    return cases.error(jax.jit(call)(*prepare(*arguments)), block_attention_cases.right(*arguments)) < 0.01
+    return cases.error(jax.jit(call)(*prepare(*arguments)), right(*arguments)) < 0.01
 
 
 def test_the_block_step_on_xla_and_paged_attention():
@@ -65,7 +68,7 @@ def test_the_block_step_on_ragged_paged_attention(monkeypatch):
     monkeypatch.setattr(block_attention_cases, "ragged_paged_attention", in_plain_jax)
     call, prepare = block_attention_cases.LIBRARIES["tpu"]["ragged paged"]
     arguments = block_step()
-    assert cases.error(call(*prepare(*arguments)), block_attention_cases.right(*arguments)) < 0.01
+    assert cases.error(call(*prepare(*arguments)), right(*arguments)) < 0.01
 
 
 def test_the_block_step_with_searched_tiles():
@@ -98,9 +101,9 @@ def test_training_with_gradients():
     ends = jnp.full((2, 40), 33)
     (case,) = (each for each in block_attention_cases.cases("tpu") if each.name == "Dream-7B, training, 4 x 768")
     assert [x.shape for x in jax.eval_shape(case.make)] == [(4, 768, 28, 128), *[(4, 768, 4, 128)] * 2, (4, 768)]
-    found = case.others["XLA"].call(*keys, ends)
+    found = jax.jit(case.others["XLA"].call)(*keys, ends)
     assert [x.shape for x in found] == [keys[0].shape, *(x.shape for x in keys)]
-    assert cases.error(found, case.expected(*keys, ends)) < 1e-5
+    assert cases.error(found, jax.jit(case.expected)(*keys, ends)) < 1e-5
 
 
 # ---- the vocabulary ------------------------------------------------------------------------------------------------
@@ -109,8 +112,8 @@ def test_training_with_gradients():
 @pytest.mark.parametrize("op", ["confidence", "drawn", "KL", "NLL"])
 def test_the_vocabulary_on_xla_is_what_its_logits_say(op):
     arguments = vocab_cases.arguments(op, 12, 16, 1000)
-    found = vocab_cases.on(op, implementation="xla", tile=256)(*arguments)
-    expected = vocab_cases.with_logits(op)(*arguments)
+    found = jax.jit(vocab_cases.on(op, implementation="xla", tile=256))(*arguments)
+    expected = jax.jit(vocab_cases.with_logits(op))(*arguments)
     assert cases.error(found, expected) < 0.01
     if op in vocab_cases.KERNELS["gpu"]:
         np.testing.assert_array_equal(found.token, expected.token)

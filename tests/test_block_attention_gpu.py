@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from budget import examples
 from devices import TESTS, environment
 from gpu_cases import CASES
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from test_block_attention import float64_attention
 
@@ -23,7 +24,7 @@ from cdlm_jax.kernels.block_attention.tiles import shape_name
 from cdlm_jax.mesh import chips
 
 OLD = jax.__version_info__ < (0, 12)
-FAST = ("one row", "large pages")
+FAST = ("one row",)  # the public function adds small pages
 
 
 def interpreted(*names: str) -> None:
@@ -52,7 +53,7 @@ def test_there_are_no_races():
     interpreted("races")
 
 
-@settings(max_examples=8, deadline=None, derandomize=True)
+@examples(3, 8)
 @given(st.integers(0, 2**32 - 1), st.lists(st.integers(0, 9), min_size=1, max_size=4))
 def test_parts_merge(seed, sizes):
     """Attention to parts of the keys, some of them empty, is attention to all."""
@@ -114,7 +115,7 @@ def test_every_hopper_of_the_table_is_taken():
 # ---- tiles ---------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@examples(30, 100)
 @given(
     st.integers(1, 64),
     st.integers(1, 600),
@@ -157,7 +158,7 @@ def test_tiles_that_were_measured_are_taken(monkeypatch):
 # ---- what it moves -------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
+@examples(8, 30)
 @given(st.integers(0, 2000), st.integers(1, 9), st.sampled_from([64, 128]))
 def test_the_splits_share_the_tiles_that_the_cost_model_counts(length, splits, keys):
     tiles = GpuTiles(queries=8, keys=keys, stages=2, splits=splits)

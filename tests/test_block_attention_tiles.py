@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from budget import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cdlm_jax.kernels.block_attention import tiles as tiles_module
@@ -16,7 +17,7 @@ from cdlm_jax.kernels.block_attention.tiles import Tiles, choose, heuristic, sha
 from cdlm_jax.mesh import chips
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@examples(30, 100)
 @given(st.data())
 def test_tiles_fit_or_are_refused(data):
     group, kv_heads = data.draw(st.integers(1, 16)), data.draw(st.integers(1, 64))
@@ -52,7 +53,7 @@ def test_tiles_that_were_measured_are_taken(monkeypatch):
 # ---- what it moves -------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=15, deadline=None, derandomize=True)
+@examples(4, 15)
 @given(st.data())
 def test_the_cost_model_counts_the_kernels_own_copies(data):
     page_size = data.draw(st.sampled_from([None, 8, 32, 128, 256, 384]))

@@ -91,6 +91,7 @@ def compiled(loss_fn, trainable, frozen, names) -> float:
 WIDE = dataclasses.replace(TINY, num_layers=1, hidden_size=128, mlp_size=256, vocab_size=256)
 
 
+@pytest.mark.slow
 def test_the_compiled_objective_does_little_more():
     """Beyond the count are one more look at the vocabulary for each loss, and whatever is no matrix product."""
     config = DistillConfig(steps=1, batch_size=ROWS, lora_rank=4)

@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from budget import again, examples
 from flax import nnx
 from hypothesis import given
 from plain import NEAR_TIE, log_softmax
-from test_decoding import CONFIG, MASK, VOCAB, few, quick_jit, random_model, seeds
+from test_decoding import CONFIG, MASK, VOCAB, quick_jit, random_model, seeds
 
 from cdlm_jax.config import InputError
 from cdlm_jax.decoding.sampling import ROWS_AT_ONCE, Sampling
@@ -80,11 +81,12 @@ def request(seed):
     return model, hidden, jax.random.split(jax.random.key(seed), ROWS)
 
 
+@again
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
 def test_twin(sampling):
     unlike = []
 
-    @few
+    @examples(2, 6)
     @given(seeds)
     def check(seed):
         model, hidden, keys = request(seed)
@@ -135,7 +137,7 @@ def test_cuts_that_would_leave_the_mask_token_alone(cuts, temperature):
     logits = np.full(VOCAB, -5.0, np.float32)
     logits[[MASK, 7, 8]] = 3.0, 1.0, 0.5
     sampling, key = Sampling(temperature, **cuts), jax.random.key(0)
-    answer = sampling._answer(jnp.asarray(logits), key, MASK)
+    answer = quick_jit(lambda logits, key: sampling._answer(logits, key, MASK))(logits, key)
     share = 1 / (1 + math.exp(2))
     assert answer.token == 7
     np.testing.assert_allclose(answer.probability, share, rtol=1e-5)
@@ -153,7 +155,7 @@ def test_draws_follow_the_distribution(sampling):
     model = random_model("same_position", np.random.default_rng(5))
     hidden = jax.random.normal(jax.random.key(0), (1, 1, CONFIG.hidden_size)) / 4
     keys = jax.random.split(jax.random.key(1), DRAWS)
-    seen = sampling(model, jnp.repeat(hidden, DRAWS, axis=0), keys)
+    seen = quickly(sampling)(model, jnp.repeat(hidden, DRAWS, axis=0), keys)
     logits = np.asarray(hidden[0, 0], np.float64) @ np.asarray(model.head, np.float64)
     p = np.exp(log_softmax(cut_plainly(logits, sampling, MASK)[0]))
     np.testing.assert_allclose(seen.probability[:, 0], p[np.asarray(seen.token[:, 0])], rtol=1e-4)
@@ -172,7 +174,7 @@ def test_positions_are_drawn_apart():
     model = random_model("same_position", np.random.default_rng(6))
     hidden = jnp.ones((2, 40, CONFIG.hidden_size)) / 50
     keys = jnp.repeat(jax.random.split(jax.random.key(3), 1), 2)
-    token = np.asarray(Sampling(1.0)(model, hidden, keys).token)
+    token = np.asarray(quickly(Sampling(1.0))(model, hidden, keys).token)
     np.testing.assert_array_equal(token[0], token[1])  # a row's draws are its key's
     assert len(set(token[0].tolist())) > 10
 
@@ -183,7 +185,8 @@ def test_a_model_without_a_mask_token():
     model.lm_head.kernel[...] = model.lm_head.kernel[...].at[:, MASK].set(1.0)
     hidden = jnp.ones((2, 1, CONFIG.hidden_size))
     for sampling in (Sampling(), Sampling(top_k=3), Sampling(top_p=0.5)):
-        np.testing.assert_array_equal(sampling(model, hidden).token, [[MASK], [MASK]])
+        run = quick_jit(lambda model, hidden, sampling=sampling: sampling(model, hidden))
+        np.testing.assert_array_equal(run(model, hidden).token, [[MASK], [MASK]])
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from budget import examples
 from devices import environment
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cdlm_jax.config import InputError
@@ -128,7 +129,7 @@ def test_what_is_skipped():
     assert by_key.block_mask[0].tolist() == [[1, 1, 0, 0, 1, 1], [1, 1, 1, 0, 1, 1], [1, 1, 1, 0, 1, 1]]
 
 
-@settings(max_examples=6, deadline=None, derandomize=True)
+@examples(3, 6)
 @given(st.integers(0, 2**32 - 1), st.sampled_from(["visible_end", "own", "valid_start"]))
 def test_any_ranges(seed, option):
     """Any of which every query sees something."""

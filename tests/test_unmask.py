@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from budget import again, examples
 from conftest import GOLDEN
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cdlm_jax.config import InputError
@@ -178,11 +179,12 @@ def steps_of(policy):
     return steps + 1 if isinstance(policy, Allowance) else steps
 
 
+@again
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
 def test_definition(policy):
     compiled = jax.jit(lambda candidates, masked, step: policy(candidates, masked, step))
 
-    @settings(max_examples=15, deadline=None, derandomize=True)
+    @examples(5, 15)
     @given(st.integers(0, 2**31), st.sampled_from([0.2, 0.6, 1.0]))
     def check(seed, density):
         rng = np.random.default_rng(seed)

@@ -4,12 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from budget import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cdlm_jax.visibility import dense_mask, row_end, visible_end, visible_end_at
 
-few = settings(max_examples=60, deadline=None, derandomize=True)
+few = examples(20, 60)
 ROWS, LENGTH = 3, 20  # one shape: only contents are drawn, so that nothing is compiled twice
 lengths = st.lists(st.integers(1, LENGTH), min_size=ROWS, max_size=ROWS)
 block_sizes = st.integers(1, 7)

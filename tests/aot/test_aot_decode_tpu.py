@@ -39,15 +39,20 @@ def inside(forwards: int) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("chip", SLICES)
-@pytest.mark.parametrize(("model", "tensor"), [(DREAM, 2), (LLADA, 4)], ids=["Dream", "LLaDA"])
+@pytest.mark.parametrize(
+    ("chip", "model", "tensor"),
+    [
+        *(pytest.param(chip, DREAM, 2, id=f"{chip}-Dream") for chip in SLICES),
+        pytest.param("v4", LLADA, 4, id="v4-LLaDA"),
+    ],
+)
 def test_the_decoder_compiles_with_the_kernels_inside(chip, model, tensor):
     with jax.set_mesh(mesh(chip, MeshConfig(fsdp=4 // tensor, tensor=tensor))):
         text = decoder(model).as_text()
     assert kernels(text) == inside(forwards=3)  # prefill, refine, commit_and_refine
 
 
-@pytest.mark.parametrize("merge_commit", [True, False])
+@pytest.mark.parametrize("merge_commit", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_the_cache_stays_where_it_is(merge_commit):
     """Neither is a layer cut out of the cache, nor the whole of it copied, in front of a kernel."""
     sizes = {"hidden_size": 512, "num_layers": 6, "num_heads": 4, "num_kv_heads": 4, "mlp_size": 512}
