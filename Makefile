@@ -21,7 +21,7 @@ test: $(TEST_STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 test-slow: $(TEST_STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow
+	CDLM_FULL=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m slow
 
 lint: $(TEST_STAMP)
 	$(BIN)/ruff check .
