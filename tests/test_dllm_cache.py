@@ -126,7 +126,7 @@ def test_twin(alignment, config):
     check_twins(partial(deep_request, alignment), quickly(config), partial(decode_plainly, config))
 
 
-@pytest.mark.parametrize("name", ["both intervals", "Dream"])
+@pytest.mark.parametrize("name", [pytest.param("both intervals", marks=pytest.mark.slow), "Dream"])
 def test_batch_invariance(name):
     alignment, config = CASES[name]
     check_company(partial(deep_request, alignment), quickly(config), partial(decode_plainly, config))

@@ -52,7 +52,10 @@ def local(tmp_path):
         started.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
         return started[-1]
 
+    # A run in the background ignores SIGINT, and what it starts could not trap it.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield start
+    signal.signal(signal.SIGINT, before)
     left = [note["pid"] for note in notes(tmp_path).values() if alive(note["pid"])]
     for process in started:
         process.kill()
