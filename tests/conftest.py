@@ -11,7 +11,7 @@ import pytest
 import cdlm_jax  # noqa: F401  before a test imports JAX (cdlm_jax/mesh/platforms.py)
 
 GOLDEN = Path(__file__).parent / "golden"
-COMPILED = Path(__file__).parent.parent / ".pytest_cache" / "compiled"
+COMPILED = Path(__file__).parent.parent / ".cache" / "compiled"
 
 # What one test process compiled, the others and the commands that tests start read: set before JAX is imported.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(COMPILED))
