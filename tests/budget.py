@@ -13,6 +13,11 @@ def examples(fast: int, full: int):
 
     def decorate(test):
         test = settings(max_examples=full if FULL else fast, derandomize=True, deadline=None, database=None)(test)
-        return pytest.mark.slow(test) if FULL else test
+        return again(test)
 
     return decorate
+
+
+def again(test):
+    """Over a test whose search is a function inside it: `make test-slow` runs it again."""
+    return pytest.mark.slow(test) if FULL else test
