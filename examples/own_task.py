@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
     for row, tokens, forwards in zip(asked, result.tokens, result.forwards, strict=True):
         print(f"{row['prompt']}  {encoder.response(tokens)}   {forwards} forwards")
     print(
-        f"everything is under {work}; next: cdlm generate --model={work / 'student'} --prompt='1+2+3-4=' --show_steps"
+        f"everything is under {work}; next: cdlm generate --model={work / 'student'} --prompt='1+2+3-4='"
     )
 
 

@@ -1,15 +1,26 @@
-"""Reference cases from tests/golden (see its README): numbers of the authors' PyTorch code."""
+"""Reference cases from tests/golden (see its README): numbers of the authors' PyTorch code; one cache of programs."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from hypothesis import settings
 
 import cdlm_jax  # noqa: F401  before a test imports JAX (cdlm_jax/mesh/platforms.py)
 
 GOLDEN = Path(__file__).parent / "golden"
+COMPILED = Path(__file__).parent.parent / ".cache" / "compiled"
+
+# What one test process compiled, the others and the commands that tests start read: set before JAX is imported.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(COMPILED))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+settings.register_profile("same", derandomize=True, deadline=None, database=None)  # the same examples in every run
+settings.load_profile("same")
 
 
 class Case(NamedTuple):

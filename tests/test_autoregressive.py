@@ -8,6 +8,7 @@ from functools import cache, partial
 import jax
 import numpy as np
 import pytest
+from budget import again
 from flax import nnx
 from plain import Twin, check_company, check_twins
 from test_decoding import (
@@ -75,6 +76,7 @@ def quickly(config):
     return lambda request: jax.device_get(compiled(*request))
 
 
+@again
 @pytest.mark.parametrize("family, config", CASES.values(), ids=CASES)
 def test_twin(family, config):
     check_twins(partial(causal_request, family), quickly(config), partial(decode_plainly, config))

@@ -52,10 +52,10 @@ def make(models, work, **changes):
         "steps": (2,),
         "prompt_interval": 4,
         "response_interval": 2,
-        "batch_sizes": (1, 2),
+        "batch_sizes": (1,),
         "repetitions": 2,
         "latency_problems": 2,
-        "batch_size": 2,
+        "batch_size": 1,  # one program for the answers, the latency and the throughput of a method
     }
     return BenchmarkConfig(**(given | changes))
 
@@ -97,7 +97,14 @@ def test_all_methods_measured_on_the_same_problems(finished):
         assert result.name in printed
     naive, truncated = results[:2]
     assert naive.scores["chain"].forwards == 8 and truncated.scores["chain"].forwards == 2
-    assert truncated.throughput == {} and list(naive.throughput) == [1, 2]
+    assert truncated.throughput == {} and list(naive.throughput) == [1]
+
+
+def test_throughput_of_every_batch_size(models, tmp_path):
+    setting = Setting.load(make(models, tmp_path, methods=("naive",), batch_sizes=(1, 2)))
+    chosen = [method for method in methods(setting.config) if method.headline]
+    (found,) = program._throughput(setting, chosen, Console(file=io.StringIO())).values()
+    assert list(found) == [1, 2] and all(0 < low <= median <= high for median, low, high in found.values())
 
 
 def test_the_files_say_all_that_is_needed_to_repeat_it(finished, models):

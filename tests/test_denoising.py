@@ -167,7 +167,7 @@ def test_the_causal_loss_is_the_mean_over_each_answer():
     batch = random_prompts(rng) | {"answer": rng.integers(3, CONFIG.vocab_size, (ROWS, LENGTH), dtype=np.int32)}
     batch["answer"][1:, 2:] = CONFIG.eos_token_id  # the first answer has no EOS
     graphdef, trainable, rest = nnx.split(model, nnx.Param, ...)
-    loss, _ = causal.make_loss(graphdef)(trainable, rest, batch, None, jnp.int32(0))
+    loss, _ = jax.jit(causal.make_loss(graphdef))(trainable, rest, batch, None, jnp.int32(0))
     forward = jax.jit(lambda tokens: model.unembed(model(tokens, visible_end=jnp.arange(1, tokens.size + 1)[None])))
     expected = []
     for row, length in enumerate(batch["prompt_length"]):

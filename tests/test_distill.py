@@ -18,6 +18,7 @@ from test_collect import BLOCK as STORE_BLOCK
 from test_collect import LENGTH as STORE_LENGTH
 from test_collect import MODEL as STORE_TEACHER
 from test_collect import fill
+from test_decoding import quick_jit
 from test_denoising import (
     ALIGNMENTS,
     CONFIG,
@@ -152,7 +153,7 @@ def test_loss_metrics_and_gradient_are_those_of_the_twin(alignment, scope, asked
     steps = [draw_state(jax.random.split(key)[0])[0] // BLOCK for key in keys]
     assert {*steps} == {0, 1}  # both blocks occur, and so does an empty S under `later_blocks`
 
-    loss_fn = jax.jit(jax.value_and_grad(make_loss(graphdef, config, BLOCK), has_aux=True))
+    loss_fn = quick_jit(jax.value_and_grad(make_loss(graphdef, config, BLOCK), has_aux=True))
     (loss, metrics), gradient = loss_fn(trainable, frozen, batch, keys, 0)
     exact = jax.tree.map(wide, trainable)
     student = nnx.merge(graphdef, exact, frozen.student)
@@ -201,7 +202,7 @@ def test_online_and_offline_agree_where_a_token_was_finalized(store, monkeypatch
     graphdef, trainable, frozen = make_student(STORE_TEACHER, config_of(teacher="online"), jax.random.key(1))
     loss_fn = make_loss(graphdef, config_of(teacher="online"), STORE_BLOCK)
     keys = jax.random.split(jax.random.key(0), STORE_LENGTH)
-    online = jax.jit(lambda: loss_fn(trainable, frozen, batch, keys, 0)[1]["distill"])()  # its hidden rows
+    online = quick_jit(lambda: loss_fn(trainable, frozen, batch, keys, 0)[1]["distill"])()  # its hidden rows
     offline = batch["hidden"].astype(np.float32)
     next_one = record["order"] == np.arange(STORE_LENGTH)[:, None]
     close = np.isclose(online, offline, rtol=2**-7, atol=1e-5).all(axis=-1)  # stored in bfloat16
@@ -241,13 +242,12 @@ def assert_same(got, expected):
     "config",
     [
         FULL,
-        dataclasses.replace(FULL, lora_rank=4, lora_alpha=8.0),
-        dataclasses.replace(FULL, mode="packed", consistency_scope="same_block"),
+        dataclasses.replace(FULL, lora_rank=4, lora_alpha=8.0, mode="packed", consistency_scope="same_block"),
         pytest.param(
             dataclasses.replace(FULL, optimizer=dataclasses.replace(ADAMW, name="muon")), marks=pytest.mark.slow
         ),
     ],
-    ids=["full", "lora", "packed", "muon"],
+    ids=["full", "packed adapters", "muon"],
 )
 def test_thirty_steps_lower_the_loss_and_spare_the_teacher(store, config):
     _, trainable, frozen = make_student(STORE_TEACHER, config, jax.random.key(1))

@@ -8,6 +8,7 @@ from functools import cache, partial
 import jax
 import numpy as np
 import pytest
+from budget import again
 from flax import nnx
 from plain import Twin, check_company, check_twins, look
 from test_decoding import (
@@ -121,12 +122,13 @@ def quickly(config):
     return lambda request: jax.device_get(compiled(*request[:3]))
 
 
+@again
 @pytest.mark.parametrize("alignment, config", CASES.values(), ids=CASES)
 def test_twin(alignment, config):
     check_twins(partial(deep_request, alignment), quickly(config), partial(decode_plainly, config))
 
 
-@pytest.mark.parametrize("name", ["both intervals", "Dream"])
+@pytest.mark.parametrize("name", [pytest.param("both intervals", marks=pytest.mark.slow), "Dream"])
 def test_batch_invariance(name):
     alignment, config = CASES[name]
     check_company(partial(deep_request, alignment), quickly(config), partial(decode_plainly, config))

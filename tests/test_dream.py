@@ -8,6 +8,7 @@ from functools import cache, partial
 import jax
 import numpy as np
 import pytest
+from budget import again
 from conftest import golden_ids
 from flax import nnx
 from plain import Twin, check_company, check_twins
@@ -133,6 +134,7 @@ def quickly(config):
     return lambda request: jax.device_get(compiled(*request))
 
 
+@again
 @pytest.mark.parametrize("alignment, config", CASES.values(), ids=CASES)
 def test_twin(alignment, config):
     check_twins(partial(make_request, alignment), quickly(config), partial(decode_plainly, config))

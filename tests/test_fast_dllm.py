@@ -8,6 +8,7 @@ from functools import cache, partial
 import jax
 import numpy as np
 import pytest
+from budget import again
 from flax import nnx
 from plain import PlainModel, Twin, check_company, check_twins, look
 from test_decoding import (
@@ -75,6 +76,7 @@ def quickly(config):
     return lambda request: jax.device_get(compiled(*request[:3]))
 
 
+@again
 @pytest.mark.parametrize("alignment, config", CASES.values(), ids=CASES)
 def test_twin(alignment, config):
     """Rows of a ragged batch, which are at different blocks and steps, against each alone."""

@@ -17,7 +17,12 @@ from cdlm_jax.models.hf import load_model
 from cdlm_jax.visibility import row_end
 
 GOLDEN = [case_id for case_id in golden_ids("decode") if "/fastdllm_" in case_id]
+SECOND = ("threshold0.9", "steps32")  # the second value of a dial that another case turns already
 golden_model = cache(load_model)
+
+
+def marked(case_id):
+    return pytest.param(case_id, marks=pytest.mark.slow) if case_id.endswith(SECOND) else case_id
 
 
 def golden_config(case):
@@ -41,7 +46,7 @@ def test_all_golden_decodes_are_here():
     assert len(GOLDEN) == 25
 
 
-@pytest.mark.parametrize("case_id", GOLDEN)
+@pytest.mark.parametrize("case_id", map(marked, GOLDEN))
 def test_golden(case_id, golden):
     case = golden(case_id)
     model, config = golden_model(case.model), golden_config(case)

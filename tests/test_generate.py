@@ -49,6 +49,12 @@ GOLDEN_DECODES = {
         (cdlm.generate, cdlm.Config(gen_length=GEN, block_size=BLOCK)),
     ),
 }
+# In every run one case of each family and of each decoder; the other pairs in the slow one.
+SLOW_DECODES = ("llada/student_decode_tau0.6_early_stop", "dream/teacher_trajectory")
+
+
+def golden_params():
+    return [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW_DECODES)) for name in GOLDEN_DECODES]
 
 
 @pytest.fixture(scope="session")
@@ -70,7 +76,7 @@ def write_rows(path, rows):
 # ---- token ids in and out ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case_id", GOLDEN_DECODES)
+@pytest.mark.parametrize("case_id", golden_params())
 def test_golden_folders_with_token_ids_in_and_out(case_id, tmp_path):
     """Five prompts of mixed lengths in batches of two, the last one filled up, against one batch with more padding."""
     case, (flags, (decode, config)) = load_case(case_id), GOLDEN_DECODES[case_id]

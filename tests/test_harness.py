@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from budget import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from test_model_folder import GEN_LENGTH, tiny_folder
 
@@ -59,7 +60,7 @@ class Scripted:
         )
 
 
-@settings(max_examples=12, deadline=None)
+@examples(4, 12)
 @given(batch_size=st.integers(1, 11))
 def test_every_batch_has_the_same_shape_and_every_problem_counts_once(encoder, batch_size):
     decode, tokenizer = Scripted(encoder), encoder.tokenizer

@@ -31,7 +31,7 @@ def logits(model):
     return model.unembed(model(TOKENS))
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", [pytest.param(jnp.float32, marks=pytest.mark.slow), jnp.bfloat16])
 def test_a_fresh_adapter_adds_nothing(dtype):
     model = base(dtype)
     adapted = attach(model, rank=3, alpha=6.0, key=jax.random.key(1))

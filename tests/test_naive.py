@@ -6,6 +6,7 @@ from functools import cache, partial
 import jax
 import numpy as np
 import pytest
+from budget import again
 from plain import Twin, check_twins, log_softmax
 from test_decoding import (
     BLOCK,
@@ -74,6 +75,7 @@ def quickly(config):
     return lambda request: jax.device_get(compiled(*request[:3]))
 
 
+@again
 @pytest.mark.parametrize("config", CASES.values(), ids=CASES)
 def test_twin(config):
     check_twins(wordy_request, quickly(config), partial(decode_plainly, config))

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from budget import examples
 from flax import nnx
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from test_denoising import ALIGNMENTS, CONFIG, LENGTH, PROMPT_MAX, ROWS, random_model
 from test_distill import BLOCK, config_of, moved, random_batch
@@ -21,7 +22,7 @@ from cdlm_jax.trajectories.states import state_at
 from cdlm_jax.visibility import dense_mask, visible_end
 from cdlm_jax.visibility import packed as packed_layout
 
-few = settings(max_examples=25, deadline=None, derandomize=True)
+few = examples(5, 25)
 lengths = st.lists(st.integers(1, PROMPT_MAX), min_size=ROWS, max_size=ROWS)
 block_sizes = st.sampled_from([1, 2, 4, 8])  # of LENGTH = 8
 MASK = CONFIG.mask_token_id
@@ -97,23 +98,20 @@ def steps_of(state):
     return np.sum(np.asarray(state) != MASK, axis=1).reshape(ROWS, -1)
 
 
+block_states = jax.jit(partial(packed.block_states, block_size=BLOCK, mask_token_id=MASK))
+one_state = jax.jit(partial(state_at, block_size=BLOCK, mask_token_id=MASK))
+
+
 def test_each_block_has_a_state_of_its_own():
     batch = random_batch()
     drawn = set()
     for seed in range(60):
         keys = jax.random.split(jax.random.key(seed), ROWS)
-        states = packed.block_states(batch["tokens"], batch["order"], keys, block_size=BLOCK, mask_token_id=MASK)
+        states = block_states(batch["tokens"], batch["order"], keys)
         first, later = steps_of(states.tokens), steps_of(states.completed)
         for block in range(LENGTH // BLOCK):
             start, here = block * BLOCK, slice(block * BLOCK, (block + 1) * BLOCK)
-            expected = state_at(
-                batch["tokens"],
-                batch["order"],
-                start + first[:, block],
-                start + later[:, block],
-                block_size=BLOCK,
-                mask_token_id=MASK,
-            )
+            expected = one_state(batch["tokens"], batch["order"], start + first[:, block], start + later[:, block])
             for ours, theirs in zip(states, expected, strict=True):
                 ours = np.asarray(ours).reshape(ROWS, -1, BLOCK)[:, block]
                 np.testing.assert_array_equal(ours, np.asarray(theirs)[:, here])
@@ -127,7 +125,10 @@ def test_each_block_has_a_state_of_its_own():
 quickly_compiled = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
-@pytest.mark.parametrize(("alignment", "rank", "remat"), [("same_position", 0, False), ("shifted", 3, True)])
+@pytest.mark.parametrize(
+    ("alignment", "rank", "remat"),
+    [("shifted", 0, True), pytest.param("same_position", 3, False, marks=pytest.mark.slow)],
+)
 def test_losses_and_gradient_are_the_means_of_the_plain_form_over_the_blocks(alignment, rank, remat):
     options = {"consistency_scope": "same_block", "lora_rank": rank}
     batch, keys = random_batch(), jax.random.split(jax.random.key(8), ROWS)

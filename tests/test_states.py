@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from budget import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cdlm_jax.config import InputError
@@ -45,7 +46,10 @@ def assert_rows(got, expected):
 
 
 sizes = st.tuples(st.integers(1, 4), st.integers(1, 5), st.integers(0, 2**31))
-few = settings(max_examples=15, deadline=None, derandomize=True)
+few = examples(5, 15)
+rebuild_states = jax.jit(partial(state_at, mask_token_id=MASK), static_argnames="block_size")
+sample = jax.jit(partial(sample_states, mask_token_id=MASK), static_argnames=("block_size", "scope"))
+mask_response = jax.jit(partial(masked_response, mask_token_id=MASK))
 
 
 @few
@@ -59,7 +63,7 @@ def test_every_state_replays(size):
     def rebuild(steps, later=None):
         batch = [np.tile(a, (len(steps), 1)) for a in (tokens, order)]
         later = None if later is None else np.array(later)
-        return state_at(*batch, np.array(steps), later, block_size=block_size, mask_token_id=MASK)
+        return rebuild_states(*batch, np.array(steps), later, block_size=block_size)
 
     got = rebuild(range(length))
     assert got.tokens.dtype == got.completed.dtype == jnp.int32
@@ -76,7 +80,7 @@ def test_sampled_states_are_states_of_the_replay(size, scope):
     rows = [trajectory(rng, blocks, block_size) for _ in range(4)]
     tokens, order = map(np.stack, zip(*rows, strict=True))
     keys = jax.random.split(jax.random.key(seed), 4)
-    got = sample_states(tokens, order, keys, block_size=block_size, mask_token_id=MASK, scope=scope)
+    got = sample(tokens, order, keys, block_size=block_size, scope=scope)
     steps, later_steps = ((state != MASK).sum(1).tolist() for state in (got.tokens, got.completed))
     expected = []
     for row, k, later in zip(rows, steps, later_steps, strict=True):
@@ -90,7 +94,7 @@ def sample_many(scope, rows=20_000, blocks=3, block_size=4):
     tokens, order = trajectory(np.random.default_rng(0), blocks, block_size)
     batch = [np.tile(a, (rows, 1)) for a in (tokens, order)]
     keys = jax.random.split(jax.random.key(1), rows)
-    got = sample_states(*batch, keys, block_size=block_size, mask_token_id=MASK, scope=scope)
+    got = sample(*batch, keys, block_size=block_size, scope=scope)
     return [np.asarray((state != MASK).sum(1)) for state in (got.tokens, got.completed)]
 
 
@@ -118,8 +122,8 @@ def test_rows_depend_on_their_own_key_alone():
     keys = jax.random.split(jax.random.key(2), 6)
 
     def both(rows):
-        states = sample_states(tokens[rows], order[rows], keys[rows], block_size=4, mask_token_id=MASK)
-        return *states, *masked_response(tokens[rows], keys[rows], mask_token_id=MASK)
+        states = sample(tokens[rows], order[rows], keys[rows], block_size=4)
+        return *states, *mask_response(tokens[rows], keys[rows])
 
     whole = both(slice(None))
     for array, *halves in zip(whole, both(slice(0, 3)), both(slice(3, 6)), strict=True):
@@ -130,15 +134,15 @@ def test_jit_compiles_it():
     tokens, order = (a[None] for a in trajectory(np.random.default_rng(0), 2, 4))
     keys = jax.random.split(jax.random.key(0), 1)
     for scope in SCOPES:
-        sample = partial(sample_states, block_size=4, mask_token_id=MASK, scope=scope)
-        for a, b in zip(jax.jit(sample)(tokens, order, keys), sample(tokens, order, keys), strict=True):
+        plain = sample_states(tokens, order, keys, block_size=4, mask_token_id=MASK, scope=scope)
+        for a, b in zip(sample(tokens, order, keys, block_size=4, scope=scope), plain, strict=True):
             np.testing.assert_array_equal(a, b)
 
 
 def test_masked_response():
     rows, length = 4000, 16
     targets = np.random.default_rng(0).integers(0, 50, (rows, length), dtype=np.int32)
-    tokens, masked, t = masked_response(targets, jax.random.split(jax.random.key(0), rows), mask_token_id=MASK)
+    tokens, masked, t = mask_response(targets, jax.random.split(jax.random.key(0), rows))
     np.testing.assert_array_equal(tokens, np.where(masked, MASK, targets))
     assert tokens.dtype == jnp.int32 and masked.dtype == bool and t.dtype == jnp.float32
     assert float(t.min()) >= 1e-3 and float(t.max()) <= 1

@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from budget import examples
 from conftest import golden_ids
 from flax import nnx
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tiny import TINY
 
@@ -134,7 +135,7 @@ def cached(model, tokens, prompts):
     return hidden, cache
 
 
-@settings(deadline=None, max_examples=40)
+@examples(8, 40)
 @given(
     prompts=st.lists(st.integers(1, PROMPT_MAX), min_size=ROWS, max_size=ROWS),
     seed=st.integers(0, 2**31 - 1),
