@@ -11,8 +11,9 @@ export GLIBC_TUNABLES ?= glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=858
 PYTHON_STAMP := $(VENV)/.python-$(shell $(PYTHON) -c 'import platform; print(platform.python_version())')
 PACKAGE_STAMP := $(VENV)/.installed
 TEST_STAMP := $(VENV)/.installed-test
+DOCS_STAMP := $(VENV)/.installed-docs
 
-.PHONY: quickstart test test-slow mutations lint format clean
+.PHONY: quickstart test test-slow mutations lint docs format clean
 
 quickstart: $(PACKAGE_STAMP)
 	$(BIN)/cdlm quickstart
@@ -32,12 +33,16 @@ lint: $(TEST_STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The pages of docs/ with the API reference, under site/; a broken link fails.
+docs: $(DOCS_STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
 format: $(TEST_STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist .cache .hypothesis .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist site .cache .hypothesis .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 $(PYTHON_STAMP):
@@ -49,6 +54,10 @@ $(PYTHON_STAMP):
 
 $(PACKAGE_STAMP): $(PYTHON_STAMP) pyproject.toml requirements.txt
 	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+$(DOCS_STAMP): $(PACKAGE_STAMP)
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
 	touch $@
 
 # reasoning-gym needs a C compiler: without it the tests of its two tasks skip.

@@ -75,9 +75,7 @@ def main(argv: list[str] | None = None) -> None:
     result = jax.device_get(decode(student.model, *encoder.prompts([row["prompt"] for row in asked])))
     for row, tokens, forwards in zip(asked, result.tokens, result.forwards, strict=True):
         print(f"{row['prompt']}  {encoder.response(tokens)}   {forwards} forwards")
-    print(
-        f"everything is under {work}; next: cdlm generate --model={work / 'student'} --prompt='1+2+3-4='"
-    )
+    print(f"everything is under {work}; next: cdlm generate --model={work / 'student'} --prompt='1+2+3-4='")
 
 
 if __name__ == "__main__":
