@@ -14,7 +14,7 @@ PACKAGE = ROOT / "cdlm_jax"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 SOURCES = [
     path
-    for folder in ("cdlm_jax", "configs", "tests", "benchmarks", "launch")
+    for folder in ("cdlm_jax", "configs", "tests", "benchmarks", "launch", "examples")
     for path in (ROOT / folder).rglob("*.py")
 ]
 

@@ -128,7 +128,7 @@ def until_done(step: Callable, state: tuple[Progress, Any]) -> tuple[Progress, A
 
 
 def switch(index: jax.Array, forwards: Sequence[Forward], progress: Progress, carry: Any) -> tuple[jax.Array, Any]:
-    """forwards[index](progress, carry), index a scalar: a `lax.switch` that leaves the cache where it is.
+    """`forwards[index](progress, carry)`, index a scalar: a `lax.switch` that leaves the cache where it is.
 
     XLA copies what the branches of a conditional change, while a loop changes what it carries in place: here every
     forward is in a loop of its own, of which one runs, one round. The planner knows these loops by their scope's name.
