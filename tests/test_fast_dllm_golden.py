@@ -46,7 +46,7 @@ def test_all_golden_decodes_are_here():
     assert len(GOLDEN) == 25
 
 
-@pytest.mark.parametrize("case_id", map(marked, GOLDEN))
+@pytest.mark.parametrize("case_id", [marked(case_id) for case_id in GOLDEN])
 def test_golden(case_id, golden):
     case = golden(case_id)
     model, config = golden_model(case.model), golden_config(case)
