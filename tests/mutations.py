@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
-COPIED = ("cdlm_jax", "configs", "tests", "benchmarks", "launch", "docs", "pyproject.toml", "README.md")
+COPIED = ("cdlm_jax", "configs", "tests", "benchmarks", "examples", "launch", "docs", "pyproject.toml", "README.md")
 
 
 class Mutation(NamedTuple):
