@@ -49,6 +49,8 @@ def as_pages(text: str) -> str:
         page = path.removeprefix("../").removeprefix("docs/")
         page = PAGES.get(page, page)
         known = page in PAGES.values() or (ROOT / "docs" / page).is_file()
-        return f"[{name}]({page}{anchor})" if known else name
+        if known:
+            return f"[{name}]({page}{anchor})"
+        return name if (ROOT / path.removeprefix("../")).exists() else match[0]  # what is nowhere stays, and fails
 
     return re.sub(r"\[([^\]]*)\]\((?!https?:|#)([^)#]+)(#[^)]*)?\)", link, text)
