@@ -137,7 +137,6 @@ def runs(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=False, reason="answers kept by several processes: failed once after the merge, to be mended")
 def test_two_processes_do_what_one_does(runs):
     two, one = runs
     # Two processes begin the store, both die after their first shards, and one alone finishes it.

@@ -39,8 +39,8 @@ def run(values: flags.FlagValues) -> int:
     if len(sources) != 1:
         got = ", ".join(sources) or "none"
         raise InputError(f"give exactly one of --prompt, --prompt_ids, --task, --input; got {got}")
-    terminal = console()
     with model(values) as (folder, options):
+        terminal = console()  # which asks JAX who this process is, once it has joined the others
         items = _items(values, sources[0], folder, options)
         refused = sum(isinstance(item, answers.Refused) for item in items)
         settings = partial(answers.settings, folder, items, options)
