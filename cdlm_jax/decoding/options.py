@@ -83,11 +83,15 @@ class Options:
         resolved.bind()  # what the decoder refuses is refused now
         return resolved
 
+    def given(self) -> dict[str, Any]:
+        """Those that are not None."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
     def bind(self) -> Callable:
         """generate(model, prompts, prompt_lengths, key) -> DecodeResult, from resolved options."""
         known = self._known()
         module = self._module()
-        given = {n: v for n, v in vars(self).items() if n not in ("decoder", "seed") and v is not None}
+        given = {name: value for name, value in self.given().items() if name not in ("decoder", "seed")}
         if not self.temperature:  # greedy, as every decoder can
             del given["temperature"]
         allowed = sorted((known | ({"threshold"} if "unmask" in known else set())) & vars(self).keys())

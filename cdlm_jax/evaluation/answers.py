@@ -90,12 +90,7 @@ def _answer(case: Case, kept: dict[str, Any]) -> Answer:
 
 def settings(folder: ModelFolder, items: Sequence[Item], options: Options) -> dict[str, Any]:
     """What the answers are a function of, by name. The batch size and the mesh have no part in it."""
-    return asked(folder, items) | {"options": given(options)}
-
-
-def given(options: Options) -> dict[str, Any]:
-    """The options that are not None."""
-    return {name: value for name, value in dataclasses.asdict(options).items() if value is not None}
+    return asked(folder, items) | {"options": options.given()}
 
 
 def asked(folder: ModelFolder, items: Sequence[Item]) -> dict[str, Any]:

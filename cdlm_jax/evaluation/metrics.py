@@ -43,7 +43,7 @@ class Measured:
         return cls(
             name=name,
             series=series,
-            settings={name: value for name, value in dataclasses.asdict(options).items() if value is not None},
+            settings=options.given(),
             scores=by_group(found),
             compile_seconds=timing.compile,
             latency_ms=spread([1000 * seconds for seconds in timing.calls]),

@@ -21,7 +21,7 @@ from cdlm_jax.decoding.progress import DecodeResult
 from cdlm_jax.decoding.unmask import Threshold
 from cdlm_jax.evaluation import problems
 from cdlm_jax.evaluation.answer_file import AnswerFile, answer_file
-from cdlm_jax.evaluation.answers import answer_kept, asked, given
+from cdlm_jax.evaluation.answers import answer_kept, asked
 from cdlm_jax.evaluation.harness import (
     Answer,
     Case,
@@ -216,7 +216,7 @@ class Setting:
     def kept(self, chosen: Sequence[Method]) -> dict[str, Any]:
         """The settings that the answers of all methods depend on."""
         models: dict[str, Any] = {role: asked(folder, self.cases[role]) for role, folder in self.folders.items()}
-        options = {method.name: given(self.options(method)) for method in chosen}
+        options = {method.name: self.options(method).given() for method in chosen}
         return {"seed": self.config.seed, "methods": options, **models}
 
     def calls(self, method: Method, count: int, size: int) -> list[Callable[[], DecodeResult]]:
