@@ -7,6 +7,7 @@ import pytest
 from cdlm_jax.config import InputError
 from cdlm_jax.text import chat_template
 from cdlm_jax.text.tokenizers import Tokenizer
+from cdlm_jax.worker import Worker
 
 MESSAGES = [{"role": "user", "content": " hell 1\n"}, {"role": "assistant", "content": "<b>é</b>"}]
 
@@ -73,7 +74,7 @@ ENDLESS = {
 @pytest.mark.parametrize("name", ENDLESS)
 def test_endless_templates_are_stopped(name, monkeypatch):
     """In a tenth of the time here; the next template finds a fresh process."""
-    renderer = chat_template._Renderer()
+    renderer = Worker(chat_template._start)
     monkeypatch.setattr(chat_template, "_RENDERER", renderer)
     monkeypatch.setattr(chat_template, "SECONDS", 0.1)
     start = time.monotonic()
@@ -82,22 +83,33 @@ def test_endless_templates_are_stopped(name, monkeypatch):
     assert time.monotonic() - start < 20
     monkeypatch.setattr(chat_template, "SECONDS", 1.0)
     assert with_template("{{ 1 + 1 }}").apply_chat_template(MESSAGES) == "2"
-    renderer.end()
+    renderer.close()
+
+
+def test_a_template_that_took_too_long_is_not_tried_again(monkeypatch):
+    template = "{% for i in range(90000) %}{% for j in range(90000) %}{% endfor %}{% endfor %}again"
+    monkeypatch.setattr(chat_template, "SECONDS", 0.1)
+    monkeypatch.setattr(chat_template, "_RENDERER", renderer := Worker(chat_template._start))
+    for _ in range(2):
+        with pytest.raises(InputError, match=r"it takes more than 0\.1 s$"):
+            with_template(template).apply_chat_template(MESSAGES)
+        assert renderer.process is None  # nothing was started for the second
+    renderer.close()
 
 
 def test_a_process_that_ends_is_replaced():
     assert chat_template.render("a", {}) == "a"
-    chat_template._RENDERER._process.kill()
-    chat_template._RENDERER._process.wait()
+    chat_template._RENDERER.process.kill()
+    chat_template._RENDERER.process.wait()
     assert chat_template.render("b", {}) == "b"
 
 
 def test_one_process_renders_many_prompts():
     chat_template.render("a", {})
-    process = chat_template._RENDERER._process
+    process = chat_template._RENDERER.process
     tokenizer = with_template("{% for m in messages %}{{ m['content'] | trim }}{% endfor %}")
     assert {tokenizer.apply_chat_template(MESSAGES) for _ in range(200)} == {"hell 1<b>é</b>"}
-    assert chat_template._RENDERER._process is process
+    assert chat_template._RENDERER.process is process
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ FLOORS = [
     {"kernels"},
     {"tasks"},
     {"text", "mesh"},
-    {"visibility", "config", "files"},
+    {"visibility", "config", "files", "worker"},
 ]
 FLOOR = {name: len(FLOORS) - number for number, floor in enumerate(FLOORS) for name in floor}
 MAX_LINES = 400

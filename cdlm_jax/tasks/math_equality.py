@@ -1,18 +1,16 @@
 """Whether two LaTeX answers are equal: as normalized text, else by math-verify (the optional extra `eval`)."""
 
 import atexit
-import contextlib
 import importlib.util
 import json
 import re
-import select
 import subprocess
 import sys
-import threading
 from functools import cache
 from pathlib import Path
 
 from cdlm_jax.config import InputError
+from cdlm_jax.worker import Gone, Worker
 
 STARTUP_SECONDS = 60.0
 LONGEST_ANSWER = 2000  # characters
@@ -33,57 +31,34 @@ class Judge:
 
     def __init__(self, seconds: float = 10.0):
         self.seconds = seconds
-        self._lock = threading.Lock()
-        self._worker: subprocess.Popen | None = None
+        self.worker = Worker(_start, first=(_question("1", "1"), STARTUP_SECONDS))
 
     def equal(self, gold: str, answer: str) -> bool:
         """False also where comparing takes too long or breaks down, and for an answer that is too long to be one."""
         if len(answer) > LONGEST_ANSWER:
             return False
-        with self._lock:
-            try:
-                worker = self._started()
-                assert worker.stdin is not None  # a pipe, as `_started` asks
-                worker.stdin.write(json.dumps([gold, answer]).encode() + b"\n")
-                return self._line(worker, self.seconds) == b"true\n"
-            except OSError:  # it is late, or it died
-                self.close()
-                return False
-            except BaseException:  # its answer must not be taken for that to the next question
-                self.close()
-                raise
+        try:
+            return self.worker.ask(_question(gold, answer), self.seconds) == b"true\n"
+        except Gone as gone:
+            if gone.starting:
+                raise InputError(f"math-verify is installed but does not start within {STARTUP_SECONDS:g} s") from gone
+            return False
 
     def close(self) -> None:
-        if self._worker is not None:
-            self._worker.kill()
-            with contextlib.suppress(OSError):
-                self._worker.communicate()
-            self._worker = None
+        self.worker.close()
 
-    def _started(self) -> subprocess.Popen:
-        if self._worker is None or self._worker.poll() is not None:
-            self.close()
-            self._worker = subprocess.Popen(
-                [sys.executable, "-P", str(_WORKER)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                bufsize=0,
-            )
-            try:
-                self._line(self._worker, STARTUP_SECONDS)
-            except OSError as error:
-                raise InputError(f"math-verify is installed but does not start within {STARTUP_SECONDS:g} s") from error
-        return self._worker
 
-    @staticmethod
-    def _line(worker: subprocess.Popen, seconds: float) -> bytes:
-        assert worker.stdout is not None  # a pipe, as `_started` asks
-        if not select.select([worker.stdout], [], [], seconds)[0]:
-            raise TimeoutError
-        if line := worker.stdout.readline():
-            return line
-        raise BrokenPipeError
+def _question(gold: str, answer: str) -> bytes:
+    return json.dumps([gold, answer]).encode() + b"\n"
+
+
+def _start() -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-P", str(_WORKER)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
 
 
 @cache

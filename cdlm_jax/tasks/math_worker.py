@@ -19,7 +19,6 @@ def serve() -> None:
     with contextlib.suppress(ValueError):  # macOS refuses
         resource.setrlimit(resource.RLIMIT_AS, (4 << 30, resource.getrlimit(resource.RLIMIT_AS)[1]))
     answers, sys.stdout = sys.stdout, sys.stderr
-    print("ready", file=answers, flush=True)
     for line in sys.stdin:
         try:
             equal = verify(*(parse(f"\\boxed{{{latex}}}") for latex in json.loads(line)))
