@@ -27,14 +27,16 @@ def read_bytes(path: str | Path, limit: int = MAX_SETTINGS) -> bytes:
     try:
         # Without O_NONBLOCK, opening a pipe waits for somebody who writes into it.
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC), "rb") as file:
-            _refuse_others(path, os.fstat(file.fileno()).st_mode)
-            data = file.read(limit + 1)
+            found = os.fstat(file.fileno())
+            _refuse_others(path, found.st_mode)
+            # Not limit + 1 bytes at once: Python would ask for that much memory, however small the file.
+            data = file.read() if found.st_size <= limit else None
     except (OSError, ValueError) as error:
         if isinstance(error, InputError):
             raise
         check_regular(path)  # a socket cannot even be opened: say what it is
         raise InputError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
-    if len(data) > limit:
+    if data is None or len(data) > limit:
         raise InputError(f"cannot read {path}: it has more than {limit:,} bytes")
     return data
 

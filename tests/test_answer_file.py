@@ -103,6 +103,29 @@ def test_whole_lines(kept, torn):
     assert module._whole_lines(lines + rest) == (kept, len(lines))
 
 
+def test_a_bad_line_before_others_loses_none_of_them(tmp_path):
+    path, partial = tmp_path / "out.jsonl", tmp_path / "out.jsonl.partial"
+    with pytest.raises(KeyboardInterrupt), answer_file(path, 3, dict) as file:
+        file.write({"n": 1})
+        raise KeyboardInterrupt
+    edited = partial.read_bytes() + b'{"n": 2\n{"n": 3}\n'
+    partial.write_bytes(edited)
+    with pytest.raises(InputError, match=r"out\.jsonl: line 2 is no answer; remove it or give another --output"):
+        AnswerFile(path, 3, {})
+    assert partial.read_bytes() == edited
+
+
+def test_a_record_that_was_edited_is_named(model, whole, tmp_path, capsys):
+    output = tmp_path / "out.jsonl"
+    rows = [json.loads(line) for line in whole.read_text().splitlines()]
+    del rows[0]["tokens"]
+    output.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = whole.with_name(whole.name + ".settings.json").read_bytes()
+    (tmp_path / "out.jsonl.settings.json").write_bytes(settings)
+    assert main(command("generate", model, output)) == 2
+    assert "was changed by hand: KeyError('tokens')" in capsys.readouterr().err
+
+
 def test_what_is_refused(tmp_path):
     foreign, short = tmp_path / "notes", tmp_path / "short"
     foreign.write_text("mine")

@@ -117,7 +117,7 @@ def say_where(file, answers: int, console) -> None:
     """Where the answers are, if they are kept."""
     if file is not None:
         done = "were there already in" if file.complete else "written to"
-        console.print(f"{answers} answers {done} {file.path}", soft_wrap=True, highlight=False)
+        console.print(f"{answers} answers {done} {file.path}", soft_wrap=True, highlight=False, markup=False)
 
 
 # ---- programs that a model writes, and the terminal ------------------------------------------------------------------

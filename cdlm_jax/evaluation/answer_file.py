@@ -42,6 +42,7 @@ class AnswerFile:
         left, complete = agreed(np.array([-1 if refused else len(self._records), self.complete]))
         self._left, self.complete = int(left), bool(complete)
         if self._left < 0:
+            self.close()
             raise refused or InputError(f"the first process cannot write {path}")
 
     def take(self, count: int) -> tuple[int, list[dict]]:
@@ -76,7 +77,7 @@ class AnswerFile:
                     check_regular(each)
             if self.path.exists() and self.path.stat().st_size:
                 self._refuse_other(self.path, settings)
-                self._records, self.complete = _whole_lines(self.path.read_bytes())[0], True
+                self._records, self.complete = self._read(self.path.read_bytes())[0], True
                 if len(self._records) != self.total:
                     found = f"{len(self._records)} of {self.total} answers"
                     raise InputError(f"{self.path} was changed by hand: it holds {found}; {_ELSEWHERE}")
@@ -93,13 +94,18 @@ class AnswerFile:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            file.close()
             raise InputError(f"cannot write {self.path}: another process is at work on it") from error
         file.seek(0)
-        self._records, size = _whole_lines(file.read())
+        self._records, size = self._read(file.read())
         file.truncate(size)
         if not self._records:  # the settings are there before the first record is
             self._sidecar.write_text(json.dumps(settings, indent=2) + "\n")
+
+    def _read(self, data: bytes) -> tuple[list[dict], int]:
+        try:
+            return _whole_lines(data)
+        except InputError as error:
+            raise InputError(f"{self.path}: {error}") from error
 
     def _refuse_other(self, found: Path, settings: dict[str, Any]) -> None:
         if not found.stat().st_size:  # nothing would be lost
@@ -118,18 +124,21 @@ _ELSEWHERE = "remove it or give another --output"
 
 
 def _whole_lines(data: bytes) -> tuple[list[dict], int]:
-    """The records before the first line that is torn (the machine stopped while it was written), and their bytes."""
-    records, size = [], 0
-    for line in data.splitlines(keepends=True):
+    """The records, without a last one that is torn (the machine stopped while it was written), and their bytes.
+
+    InputError for another line that is no record: this program did not write it, and what follows must not be lost.
+    """
+    *whole, torn = data.split(b"\n")
+    records = []
+    for number, line in enumerate(whole, 1):
         try:
             row = json.loads(line)
         except ValueError:
-            break
-        if not line.endswith(b"\n") or not isinstance(row, dict):
-            break
+            row = None
+        if not isinstance(row, dict):
+            raise InputError(f"line {number} is no answer; {_ELSEWHERE}")
         records.append(row)
-        size += len(line)
-    return records, size
+    return records, len(data) - len(torn)
 
 
 @contextlib.contextmanager

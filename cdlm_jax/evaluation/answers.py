@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from cdlm_jax.config import InputError
 from cdlm_jax.decoding.options import Options
 from cdlm_jax.evaluation.answer_file import AnswerFile
 from cdlm_jax.evaluation.harness import Answer, Case, answers
@@ -82,10 +83,13 @@ def record(found: Answer | Refused) -> dict[str, Any]:
 
 
 def _answer(case: Case, kept: dict[str, Any]) -> Answer:
-    """The answer that a record was made from."""
-    tokens, finalized_at = (np.asarray(kept[name], np.int32) for name in ("tokens", "finalized_at"))
-    text, correct, extracted = (kept.get(name) for name in ("response", "correct", "extracted"))
-    return Answer(case, tokens, finalized_at, kept["length"], kept["forwards"], text, correct, extracted)
+    """The answer that a record was made from. InputError if it is not one of ours."""
+    try:
+        tokens, finalized_at = (np.asarray(kept[name], np.int32) for name in ("tokens", "finalized_at"))
+        text, correct, extracted = (kept.get(name) for name in ("response", "correct", "extracted"))
+        return Answer(case, tokens, finalized_at, kept["length"], kept["forwards"], text, correct, extracted)
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"the kept answer to {case.text!r:.80} was changed by hand: {error!r}") from error
 
 
 def settings(folder: ModelFolder, items: Sequence[Item], options: Options) -> dict[str, Any]:

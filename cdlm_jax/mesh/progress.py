@@ -121,7 +121,8 @@ class Lines:
 
     def _write(self, text: str) -> None:
         words = " ".join(self._label.split()) + ": " + text + (f", {self._status}" if self._status else "")
-        with contextlib.suppress(SystemExit):  # rich's, when the reader of the log has left: the work goes on
+        # The reader of the log has left (rich exits then, a console of commands/ raises): the work goes on.
+        with contextlib.suppress(SystemExit, BrokenPipeError):
             self._console.out(words, highlight=False)
 
     def _under_way(self) -> str:

@@ -56,7 +56,7 @@ class BenchmarkConfig:
     thresholds: of fast_dllm, cdlm and untrained; no confidence is above 1: there the last two go token by token.
     caches: of fast_dllm; steps: of truncated; prompt_interval, response_interval: of dllm_cache.
     headline_threshold: whose point stands for a series in the throughput sweep, over batch_sizes; 0 takes the
-        student's preset, or the decoder's own default where it has none.
+        student's preset where it is one of the thresholds, else the decoder's own default.
     repetitions: rounds of every timing; latency_problems: problems timed alone; batch_size: of the accuracy runs.
     """
 
@@ -195,7 +195,7 @@ class Setting:
         }
         sizes = {name: _size(config, folders, name) for name in ("gen_length", "block_size")}
         preset = folder_threshold(folders["student"].metadata) if "student" in folders else None
-        headline = config.headline_threshold or preset or Threshold().tau
+        headline = config.headline_threshold or (preset if preset in config.thresholds else None) or Threshold().tau
         config = dataclasses.replace(config, headline_threshold=headline)
         return cls(config, folders, cases, sizes)
 
@@ -258,7 +258,9 @@ def benchmark(config: BenchmarkConfig, console: Console, output: str | None = No
         setting.options(method)  # what a decoder refuses is refused now
     problems = len(setting.cases[chosen[0].role])
     config.folder.mkdir(parents=True, exist_ok=True)
-    console.print(f"{len(chosen)} methods, {problems} problems; everything is written under {config.folder}")
+    console.print(
+        f"{len(chosen)} methods, {problems} problems; everything is written under {config.folder}", markup=False
+    )
     with answer_file(output, problems * len(chosen), partial(setting.kept, chosen)) as file:
         latency = _latency(setting, chosen, console)
         throughput = _throughput(setting, [method for method in chosen if method.headline], console)
@@ -334,7 +336,7 @@ def _write(
     )
     prompt = setting.cases[role][0].text
     plot_order(samples, folder / "order.png", f"When each token of the answer to {prompt} was finalized")
-    console.print(f"tables, plots and results.json: {folder}")
+    console.print(f"tables, plots and results.json: {folder}", markup=False)
 
 
 def environment() -> dict:

@@ -95,29 +95,29 @@ class PromptFile:
 
 
 def _problem(line: str, place: str, tokenizer: Tokenizer) -> tasks.Problem:
+    """InputError says at which place."""
+    try:
+        return _parsed(line, tokenizer)
+    except InputError as error:
+        raise InputError(f"{place}: {error}") from error
+
+
+def _parsed(line: str, tokenizer: Tokenizer) -> tasks.Problem:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{place}: not JSON ({error})") from error
+        raise InputError(f"not JSON ({error})") from error
     row = row if isinstance(row, dict) else {}
     if "messages" in row:
-        return _of_chat(row, place, tokenizer)
-    prompt, answer = row.get("prompt", row.get("question")), row.get("answer")
-    if not (isinstance(prompt, str) and prompt and isinstance(answer, str) and answer):
-        expected = '{"prompt": text, "answer": text} or {"messages": [...]}'
-        raise InputError(f"{place}: expected {expected}, got {line[:80]!r}")
-    if tokenizer.chat_template is None:
-        return tasks.Problem(tokenizer.quote(prompt), tokenizer.quote(answer))
-    return _templated([{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}], tokenizer)
-
-
-def _of_chat(row: dict, place: str, tokenizer: Tokenizer) -> tasks.Problem:
-    try:
         if double := sorted(row.keys() & {"prompt", "question", "answer"}):
             raise InputError(f"messages hold the prompt and the answer, got {double[0]} too")
         return _templated(chat.checked(row["messages"], last="assistant", tokenizer=tokenizer), tokenizer)
-    except InputError as error:
-        raise InputError(f"{place}: {error}") from error
+    prompt, answer = row.get("prompt", row.get("question")), row.get("answer")
+    if not (isinstance(prompt, str) and prompt and isinstance(answer, str) and answer):
+        raise InputError(f'expected {{"prompt": text, "answer": text}} or {{"messages": [...]}}, got {line[:80]!r}')
+    if tokenizer.chat_template is None:
+        return tasks.Problem(tokenizer.quote(prompt), tokenizer.quote(answer))
+    return _templated([{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}], tokenizer)
 
 
 def _templated(turns: chat.Messages, tokenizer: Tokenizer) -> tasks.Problem:
