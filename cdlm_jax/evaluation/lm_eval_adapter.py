@@ -34,6 +34,7 @@ except ImportError as error:
     raise InputError('this needs lm-evaluation-harness: pip install "cdlm_jax[lm-eval]"') from error
 
 Pair = tuple[list[int], list[int]]  # token ids of a context and of its continuation
+Arrays = tuple[jax.Array, jax.Array, jax.Array, jax.Array]  # prompts, their lengths, continuations, their lengths
 
 
 @register_model("cdlm_jax")
@@ -222,16 +223,10 @@ class CDLM(TemplateLM):
         block_size = self.options.block_size if self.options.decoder == "cdlm" else None
         return {"cfg_scale": self.cfg_scale, "block_size": block_size}
 
-    def _bounds(self, arrays: tuple, keys: jax.Array) -> list[float]:
-        prompts, prompt_lengths, answers, answer_lengths = arrays
-        bounds = log_likelihood(
-            self.model, prompts, prompt_lengths, answers, answer_lengths, keys, samples=self.mc_num, **self._rule
-        )
-        return np.asarray(bounds).tolist()
+    def _bounds(self, arrays: Arrays, keys: jax.Array) -> list[float]:
+        return np.asarray(log_likelihood(self.model, *arrays, keys, samples=self.mc_num, **self._rule)).tolist()
 
-    def _batches(
-        self, pairs: Sequence[Pair], disable_tqdm: bool
-    ) -> Iterator[tuple[list[int], tuple[jax.Array, ...], jax.Array]]:
+    def _batches(self, pairs: Sequence[Pair], disable_tqdm: bool) -> Iterator[tuple[list[int], Arrays, jax.Array]]:
         """(numbers of the pairs, their four padded arrays, random keys [rows]); a last batch is filled up.
 
         The masks of a pair are drawn from (seed, its context): the choices of one question are compared on equal
@@ -299,13 +294,13 @@ def _generation_kwargs(given: dict[str, Any], gen_length: int) -> dict[str, Any]
 
 def _options(given: dict[str, Any]) -> Options:
     """Decode options from a command line's values; unknown names, and values of another type, are refused."""
-    kinds = {field.name: field.type for field in dataclasses.fields(Options)}
+    kinds: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(Options)}
     for name, value in given.items():
         if name not in kinds:
             allowed = ", ".join(("pretrained", *kinds, "mc_num", "add_bos_token"))
             raise InputError(f"unknown model argument {name!r}, allowed: {allowed}")
         if not _fits(value, kinds[name]):
-            kind = getattr(kinds[name], "__name__", kinds[name]) if not get_args(kinds[name]) else kinds[name]
+            kind = kinds[name] if get_args(kinds[name]) else kinds[name].__name__
             raise InputError(f"model argument {name} must be {kind}, got {value!r}")
     return Options(**given)
 

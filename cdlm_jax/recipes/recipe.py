@@ -39,8 +39,13 @@ from cdlm_jax.trajectories.store import read
 
 # What may change under way: when a run reports and saves, how a batch is worked through, and what follows training.
 FREE = {
-    *("checkpoint_every", "keep_checkpoints", "keep_every", "evaluate_every", "log_every"),
-    *("accumulate", "remat"),
+    "checkpoint_every",
+    "keep_checkpoints",
+    "keep_every",
+    "evaluate_every",
+    "log_every",
+    "accumulate",
+    "remat",
     "preset_problems",
 }
 
