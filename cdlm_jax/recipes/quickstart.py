@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import sys
 import time
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -78,7 +80,8 @@ def quickstart(recipe: Recipe, *, from_scratch: bool, console: Console) -> None:
     spent = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
     console.print(f"{spent}; {sum(seconds.values()):.0f} s in all")
     console.print(f"student: {recipe.folder / 'student'}   tables and plots: {recipe.folder / 'report'}")
-    console.print(f"try it: cdlm generate --model={recipe.folder / 'student'} --task=chain --show_steps")
+    program = sys.argv[0] if Path(sys.argv[0]).name == "cdlm" else "cdlm"  # .venv/bin/cdlm, where that was called
+    console.print(f"try it: {program} generate --model={recipe.folder / 'student'} --task=chain --show_steps")
 
 
 def report(
