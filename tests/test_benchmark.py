@@ -107,6 +107,24 @@ def test_throughput_of_every_batch_size(models, tmp_path):
     assert list(found) == [1, 2] and all(0 < low <= median <= high for median, low, high in found.values())
 
 
+def test_answers_of_all_methods_are_kept_and_continued(models, tmp_path):
+    config = make(models, tmp_path / "work", methods=("naive", "cdlm"))
+    whole, part = tmp_path / "whole.jsonl", tmp_path / "part.jsonl"
+    results = benchmark(config, Console(quiet=True), str(whole))
+    lines = whole.read_bytes().splitlines(keepends=True)
+    problems = sum(score.problems for score in results[0].scores.values())
+    expected = [result.name for result in results for _ in range(problems)]
+    assert [json.loads(line)["method"] for line in lines] == expected
+    # A run that died in its second method goes on there.
+    (tmp_path / "part.jsonl.partial").write_bytes(b"".join(lines[: problems + 1]))
+    (tmp_path / "part.jsonl.settings.json").write_bytes((tmp_path / "whole.jsonl.settings.json").read_bytes())
+    again = benchmark(config, Console(quiet=True), str(part))
+    assert part.read_bytes() == whole.read_bytes()
+    assert [result.scores for result in again] == [result.scores for result in results]
+    with pytest.raises(InputError, match=r"part\.jsonl holds answers of another run: seed is 0 there, 1 here"):
+        benchmark(dataclasses.replace(config, seed=1), Console(quiet=True), str(part))
+
+
 def test_the_files_say_all_that_is_needed_to_repeat_it(finished, models):
     results, work, _ = finished
     names = ("results.json", "results.md", "tradeoff.png", "latency.png", "throughput.png", "roofline.png", "order.png")
@@ -181,6 +199,7 @@ def test_answers_are_compared_at_one_length(models, tmp_path):
     [
         ({"preset": {"threshold": 0.5}}, {}, 0.5),
         ({"preset": {"threshold": 0.5}}, {"headline_threshold": 0.9}, 0.9),
+        ({"preset": {"threshold": 0.7}}, {}, 0.9),  # which is not swept
         ({}, {}, 0.9),
     ],
 )
